@@ -1,0 +1,57 @@
+# The two commands: `make bench` (the main job) and `make test`. Both set up .venv themselves.
+PYTHON ?= python3
+VENV   ?= .venv
+# CI pins the torch it tests; any torch >= 2.8 works: `make test TORCH=torch`.
+TORCH  ?= torch==2.13.0
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check -q
+
+NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: bench bench-full test test-full format lint clean
+
+bench: $(VENV)/.bench
+	$(PY) -m benchmarks --quick
+
+bench-full: $(VENV)/.bench
+	$(PY) -m benchmarks --full
+
+test: $(VENV)/.test
+	$(PY) -m pytest
+
+test-full: $(VENV)/.bench $(VENV)/.test
+	$(PY) -m pytest -m "full or not full"
+
+format: $(VENV)/.dev
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -r $(VENV)/bin/clang-format -i
+
+lint: $(VENV)/.dev $(VENV)/.test $(VENV)/.bench
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -r $(VENV)/bin/clang-format --dry-run --Werror
+
+$(VENV)/.installed: $(NATIVE)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	$(PY) -c 'import torch' 2>/dev/null || $(PIP) install $(TORCH)
+	$(PIP) install "setuptools>=77" "pybind11>=2.13" "cmake>=3.24" ninja numpy
+	$(PIP) install --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(PIP) install --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(PIP) install --no-build-isolation -e ".[bench]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) install --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info lora_fused/_C*.so .pytest_cache .mypy_cache .ruff_cache

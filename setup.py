@@ -1,0 +1,62 @@
+"""Builds lora_fused._C with CMake and ninja.
+
+The native module is optional: without a C++ compiler, or on a machine that its kernels do not serve,
+the package installs without it and the `torch` backend serves every call. Set
+LORA_FUSED_REQUIRE_NATIVE=1 to turn a failed native build into an error.
+"""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        try:
+            self.configure_and_build(target.parent)
+        except (OSError, subprocess.CalledProcessError, ImportError) as error:
+            if os.environ.get("LORA_FUSED_REQUIRE_NATIVE") == "1":
+                raise
+            print(
+                f"lora_fused: the native kernels were not built ({error}); "
+                "the package installs without them and the torch backend serves every call.",
+                file=sys.stderr,
+            )
+
+    def configure_and_build(self, output_dir: Path) -> None:
+        import pybind11
+
+        build_dir = Path(self.build_temp).resolve()
+        build_dir.mkdir(parents=True, exist_ok=True)
+        subprocess.run(
+            [
+                "cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja",
+                f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+                f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output_dir}",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-DPython_INCLUDE_DIR={sysconfig.get_path('include')}",
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                *os.environ.get("CMAKE_ARGS", "").split(),
+            ],
+            check=True,
+        )  # fmt: skip
+        subprocess.run(["cmake", "--build", str(build_dir)], check=True)
+
+    def copy_extensions_to_source(self) -> None:
+        """Editable installs copy what was built; an optional module that was not built is skipped."""
+        self.extensions = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
+        super().copy_extensions_to_source()
+
+
+setup(
+    ext_modules=[Extension("lora_fused._C", sources=[], optional=True)],
+    cmdclass={"build_ext": CMakeBuild},
+)
