@@ -51,9 +51,13 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build_dir)], check=True)
 
     def copy_extensions_to_source(self) -> None:
-        """Editable installs copy what was built; an optional module that was not built is skipped."""
-        self.extensions = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
+        """Editable installs copy what was built; a module that was not built is left out."""
+        built = [e for e in self.extensions if (Path(self.build_lib) / self.filename_of(e)).exists()]
+        self.extensions = built
         super().copy_extensions_to_source()
+
+    def filename_of(self, ext: Extension) -> str:
+        return self.get_ext_filename(self.get_ext_fullname(ext.name))
 
 
 setup(
