@@ -19,7 +19,7 @@ bench-full: $(VENV)/.bench
 test: $(VENV)/.test
 	$(PY) -m pytest
 
-test-full: $(VENV)/.bench $(VENV)/.test
+test-full: $(VENV)/.test
 	$(PY) -m pytest -m "full or not full"
 
 format: $(VENV)/.dev
@@ -27,7 +27,7 @@ format: $(VENV)/.dev
 	$(PY) -m ruff check --fix .
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -r $(VENV)/bin/clang-format -i
 
-lint: $(VENV)/.dev $(VENV)/.test $(VENV)/.bench
+lint: $(VENV)/.dev $(VENV)/.test
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
@@ -41,7 +41,7 @@ $(VENV)/.installed: $(NATIVE)
 	$(PIP) install --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.test: $(VENV)/.installed
+$(VENV)/.test: $(VENV)/.bench
 	$(PIP) install --no-build-isolation -e ".[test]"
 	touch $@
 

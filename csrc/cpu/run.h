@@ -22,6 +22,10 @@ LORA_FUSED_INLINE void with_engine(DType dtype, F&& f) {
   }
 }
 
+// A contraction over tokens goes in blocks whose panels stay in the first-level cache (measured).
+constexpr i64 kTokenBlockWords = 128;
+constexpr i64 kMinBlockTokens = 64;
+
 template <class Engine, class T>
 static void run_on(const Gemm& gemm, int threads) {
   const auto go = [&](auto run) { parallel(threads, run); };

@@ -1,0 +1,115 @@
+"""`python -m benchmarks`: measures what a LoRA layer costs on this machine, writes a report."""
+
+import argparse
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.goals import goal_rows
+from benchmarks.progress import Progress
+from benchmarks.providers import FROZEN, PROVIDERS
+from benchmarks.report import write_report
+from benchmarks.run import Settings, run
+from benchmarks.shapes import (
+    DTYPES,
+    LAYERS,
+    RANKS,
+    TOKENS,
+    Case,
+    parse_layer,
+    product_cases,
+    quick_cases,
+)
+from benchmarks.table import print_header, print_results
+
+LOCAL = Path(__file__).parent / "results" / "local"
+QUICK_BUDGET_S = 255.0  # with imports, tables and the report: below five minutes
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--quick",
+        action="store_true",
+        help="a representative subset in under five minutes (default)",
+    )
+    mode.add_argument(
+        "--full", action="store_true", help="every combination of what is named below"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="1 is timed by CPU time, more by the wall clock"
+    )
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all")
+    parser.add_argument("--layers", nargs="+", help="gpt2, gpt2.c_fc, 768x2304, ...; default: all")
+    parser.add_argument("--m", nargs="+", type=int, help=f"tokens; default: {TOKENS}")
+    parser.add_argument("--r", nargs="+", type=int, help=f"ranks; default: {RANKS}")
+    parser.add_argument(
+        "--providers", nargs="+", choices=[p.name for p in PROVIDERS], help="default: all"
+    )
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--cold", action="store_true", help="rotate over weight copies larger than the caches"
+    )
+    parser.add_argument("--no-memory", action="store_true", help="leave the memory section out")
+    parser.add_argument(
+        "--budget", type=float, metavar="S", help="seconds after which no case starts any more"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--html", type=Path, metavar="OUT")
+    return parser.parse_args(arguments)
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """The quick set, filtered by what was named; or, with --full, the product of it."""
+    layers = (
+        [layer for text in args.layers for layer in parse_layer(text)]
+        if args.layers
+        else list(LAYERS)
+    )
+    dtypes, tokens, ranks = args.dtype or DTYPES, args.m or TOKENS, args.r or RANKS
+    if args.full:
+        return product_cases(layers, dtypes, tokens, ranks)
+    return [
+        c for c in quick_cases()
+        if c.layer in layers and c.dtype in dtypes and c.M in tokens and c.R in ranks
+    ]  # fmt: skip
+
+
+def main() -> None:
+    console = Console()
+    args = parse(sys.argv[1:])
+    try:
+        cases = cases_of(args)
+    except ValueError as error:
+        sys.exit(f"python -m benchmarks: {error}")
+    if not cases:
+        sys.exit("python -m benchmarks: the quick set has no such case; add --full")
+    budget = args.budget or (None if args.full else QUICK_BUDGET_S)
+    settings = Settings(
+        "full" if args.full else "quick",
+        args.threads,
+        args.rounds,
+        args.cold,
+        budget,
+        not args.no_memory,
+    )
+    providers = [p for p in PROVIDERS if not args.providers or p.name in (FROZEN, *args.providers)]
+    json_path = args.json or LOCAL / f"{datetime.now():%Y%m%d-%H%M%S}-{settings.mode}.json"
+    html_path = args.html or json_path.with_suffix(".html")
+
+    results = run(
+        settings, cases, providers, Progress(console, budget),
+        on_header=lambda results: print_header(console, results), save_to=json_path,
+    )  # fmt: skip
+    goals = goal_rows(results)
+    results.save(json_path)
+    print_results(console, results, goals)
+    write_report(results, goals, html_path)
+    console.print(f"[bold]{html_path}[/]  (open it in a browser)\n{json_path}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""The HTML report: one self-contained file, made from the results alone."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from benchmarks import figures
+from benchmarks.goals import SET_ON, GoalRow
+from benchmarks.providers import FROZEN, OURS, PEFT, PREPACKED
+from benchmarks.record import OK, Record, Results
+from benchmarks.shapes import DTYPES, FORWARD_BACKWARD, PASSES
+from benchmarks.summary import (
+    GOAL_RANK,
+    NOISE,
+    Rivalry,
+    against_best,
+    class_means,
+    dropout_costs,
+    excess_over_frozen,
+    worst_error_ratios,
+)
+from benchmarks.table import LABELS, human_bytes, machine_lines
+from benchmarks.timing import geometric_mean
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A number of ours, what it is, and the same number of PEFT's."""
+
+    value: str
+    what: str
+    beside: str
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    title: str
+    names: list[str]
+    rows: list[tuple[str, str, int, list[str]]]
+
+
+def write_report(results: Results, goals: Sequence[GoalRow], path: Path) -> None:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(["html", "j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    records = results.records
+    dtypes = [d for d in DTYPES if any(r.timed and r.dtype == d for r in records)]
+    page = environment.get_template("report.html.j2").render(
+        results=results,
+        machine=machine_lines(results),
+        labels=LABELS,
+        headlines=headlines(results, goals),
+        goals=goals,
+        goals_note=SET_ON,
+        tokens_figures=_present(
+            figures.tax_by_tokens(records, d, p) for d in dtypes for p in PASSES
+        ),
+        case_figures=_present(figures.tax_by_case(records, d, p) for d in dtypes for p in PASSES),
+        class_tables=_class_tables(records),
+        worst=_worst(records),
+        noise=NOISE,
+        dropout_figures=_present(figures.dropout_bars(records, p) for p in PASSES),
+        numerics=worst_error_ratios(records),
+        failures=_failures(records),
+        memory=results.memory,
+        frozen=FROZEN,
+        memory_figures=_present(figures.memory_bars(results.memory, r) for r in (False, True)),
+        human_bytes=human_bytes,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page)
+
+
+def headlines(results: Results, goals: Sequence[GoalRow]) -> list[Headline]:
+    """The few numbers to read first."""
+    found = []
+    for dtype in ("bf16", "fp32"):
+        for name in (OURS, PREPACKED):
+            ours, peft = (_mean_tax(results.records, dtype, n) for n in (name, PEFT))
+            if ours:
+                packed = ", prepacked" if name == PREPACKED else ""
+                beside = f"PEFT {peft:.2f}x" if peft else "PEFT not measured"
+                what = f"the frozen layer's time, {dtype}{packed}, forward + backward"
+                found.append(Headline(f"{ours:.2f}x", what, beside))
+    costs, rivals = (dropout_costs(results.records, n) for n in (OURS, PEFT))
+    for dtype in ("bf16", "fp32"):
+        key = (dtype, FORWARD_BACKWARD)
+        if key in costs:
+            beside = f"PEFT {rivals[key].tax - 1:+.0%}" if key in rivals else "PEFT not measured"
+            what = f"for dropout 0.05, {dtype}, forward + backward"
+            found.append(Headline(f"{costs[key].tax - 1:+.1%}", what, beside))
+    peaks = {m.provider: m.resident_bytes or m.peak_bytes for m in results.memory}
+    excess = excess_over_frozen(peaks)
+    if OURS in excess:
+        beside = f"PEFT {human_bytes(excess[PEFT])}" if PEFT in excess else "PEFT not measured"
+        what = "peak memory above the frozen layer, forward + backward"
+        found.append(Headline(human_bytes(excess[OURS]), what, beside))
+    measured = [g for g in goals if g.met is not None]
+    met = sum(bool(g.met) for g in measured)
+    found.append(
+        Headline(
+            f"{met} of {len(measured)}",
+            "goals met here",
+            f"{len(goals) - len(measured)} not measured",
+        )
+    )
+    return found
+
+
+def _mean_tax(records: Sequence[Record], dtype: str, provider: str) -> float | None:
+    taxes = [
+        r.tax
+        for r in records
+        if r.tax is not None
+        and (r.dtype, r.provider, r.pass_, r.dropout) == (dtype, provider, FORWARD_BACKWARD, 0.0)
+        and r.R <= GOAL_RANK
+    ]
+    return geometric_mean(taxes) if taxes else None
+
+
+def _class_tables(records: Sequence[Record]) -> list[ClassTable]:
+    tables = []
+    ranks = {"r ≤ 16": lambda R: R <= GOAL_RANK, "r > 16": lambda R: R > GOAL_RANK}
+    for dropout in sorted({r.dropout for r in records}):
+        for title, has in ranks.items():
+            means = class_means(records, dropout, has)
+            names = [
+                n
+                for n in LABELS
+                if n != FROZEN and any((n, p) in row for row in means.values() for p in PASSES)
+            ]
+            rows = [
+                (
+                    dtype,
+                    M,
+                    max(mean.cases for mean in row.values()),
+                    [
+                        " / ".join(f"{row[n, p].tax:.2f}" if (n, p) in row else "-" for p in PASSES)
+                        for n in names
+                    ],
+                )
+                for (dtype, M), row in means.items()
+            ]
+            if names:
+                tables.append(ClassTable(f"dropout {dropout:g}, {title}", names, rows))
+    return tables
+
+
+def _worst(records: Sequence[Record], count: int = 15) -> list[Rivalry]:
+    rivalries = [r for name in (OURS, PREPACKED) for r in against_best(records, name)]
+    return sorted(rivalries, key=lambda r: -r.ratio.median)[:count]
+
+
+def _failures(records: Sequence[Record]) -> list[Record]:
+    """What was wrong or crashed, once per provider, case and dropout."""
+    return [r for r in records if r.status != OK and r.pass_ == FORWARD_BACKWARD]
+
+
+def _present(made: Iterable[str | None]) -> list[str]:
+    return [figure for figure in made if figure is not None]

@@ -1,0 +1,156 @@
+"""The layers of real models, the cases made of them, and how many FLOPs a case is worth."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+FORWARD = "F"
+FORWARD_BACKWARD = "F+B"
+PASSES = (FORWARD, FORWARD_BACKWARD)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer, K in_features to N out_features. `fan_in_fan_out`: stored as [K, N]."""
+
+    model: str
+    name: str
+    K: int
+    N: int
+    bias: bool = False
+    fan_in_fan_out: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.model}.{self.name}"
+
+
+LAYERS = (
+    Layer("gpt2", "c_attn", 768, 2304, bias=True, fan_in_fan_out=True),
+    Layer("gpt2", "c_fc", 768, 3072, bias=True, fan_in_fan_out=True),
+    Layer("roberta-large", "query", 1024, 1024, bias=True),
+    Layer("llama-3.2-1b", "q", 2048, 2048),
+    Layer("llama-3.2-1b", "kv", 2048, 512),
+    Layer("llama-3.2-1b", "gate", 2048, 8192),
+    Layer("llama-3.2-1b", "down", 8192, 2048),
+    Layer("qwen2.5-7b", "q", 3584, 3584, bias=True),
+    Layer("qwen2.5-7b", "kv", 3584, 512, bias=True),
+    Layer("square", "4096", 4096, 4096),  # the square of 2048 is llama-3.2-1b.q
+)
+TOKENS = (1, 16, 128, 512, 2048)
+RANKS = (8, 16, 64)
+DTYPES = ("bf16", "fp32", "fp16")
+DROPOUTS = (0.0, 0.05)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer at one size and dtype. All providers, and all dropouts, are timed side by side."""
+
+    layer: Layer
+    dtype: str
+    M: int
+    R: int
+    dropouts: tuple[float, ...] = field(default=(0.0,))
+
+    @property
+    def label(self) -> str:
+        return f"{self.layer.key} {self.dtype} M={self.M} r={self.R}"
+
+
+# The quick set, in the order in which it runs: when the time is up the rest is named as skipped, so
+# every class of M and dtype comes early once. Columns: layer, M, R, with dropout.
+_QUICK: dict[str, tuple[tuple[str, int, int, bool], ...]] = {
+    "bf16": (
+        ("llama-3.2-1b.q", 512, 16, True),
+        ("llama-3.2-1b.q", 128, 16, False),
+        ("llama-3.2-1b.q", 16, 16, False),
+        ("llama-3.2-1b.q", 1, 16, False),
+        ("gpt2.c_fc", 512, 8, True),
+        ("gpt2.c_attn", 128, 8, True),
+        ("roberta-large.query", 16, 8, True),
+        ("gpt2.c_attn", 1, 8, False),
+        ("roberta-large.query", 2048, 16, False),
+        ("qwen2.5-7b.kv", 128, 16, False),
+        ("qwen2.5-7b.kv", 16, 8, False),
+        ("qwen2.5-7b.q", 1, 8, False),
+        ("llama-3.2-1b.kv", 512, 8, False),
+        ("llama-3.2-1b.q", 2048, 8, True),
+        ("llama-3.2-1b.gate", 128, 8, False),
+        ("llama-3.2-1b.down", 16, 16, False),
+        ("llama-3.2-1b.gate", 1, 16, False),
+        ("roberta-large.query", 512, 64, False),
+    ),
+    "fp32": (
+        ("llama-3.2-1b.q", 512, 16, True),
+        ("llama-3.2-1b.q", 128, 16, False),
+        ("llama-3.2-1b.q", 16, 16, False),
+        ("llama-3.2-1b.q", 1, 16, False),
+        ("gpt2.c_fc", 512, 8, True),
+        ("gpt2.c_attn", 128, 8, True),
+        ("roberta-large.query", 16, 8, False),
+        ("gpt2.c_attn", 1, 8, False),
+        ("qwen2.5-7b.kv", 128, 16, False),
+        ("roberta-large.query", 2048, 16, False),
+        ("llama-3.2-1b.kv", 512, 8, False),
+        ("roberta-large.query", 512, 64, False),
+    ),
+    "fp16": (
+        ("roberta-large.query", 16, 8, False),
+        ("gpt2.c_attn", 128, 16, False),
+    ),
+}
+
+
+def quick_cases() -> list[Case]:
+    """The representative subset, dtypes taking turns so that none is last in line."""
+    layers = {layer.key: layer for layer in LAYERS}
+    queues = {
+        dtype: [
+            Case(layers[key], dtype, M, R, DROPOUTS if dropout else (0.0,))
+            for key, M, R, dropout in rows
+        ]
+        for dtype, rows in _QUICK.items()
+    }
+    turns = [
+        queue[i : i + 1] for i in range(max(map(len, queues.values()))) for queue in queues.values()
+    ]
+    return [case for turn in turns for case in turn]
+
+
+def product_cases(
+    layers: Iterable[Layer] = LAYERS,
+    dtypes: Iterable[str] = DTYPES,
+    tokens: Sequence[int] = TOKENS,
+    ranks: Sequence[int] = RANKS,
+    dropouts: tuple[float, ...] = DROPOUTS,
+) -> list[Case]:
+    """Every combination, small M first."""
+    return [
+        Case(layer, dtype, M, R, dropouts)
+        for M in tokens
+        for dtype in dtypes
+        for layer in layers
+        for R in ranks
+    ]
+
+
+def parse_layer(text: str) -> list[Layer]:
+    """'gpt2' (all of a model), 'gpt2.c_fc' (one layer) or '768x2304' (a made-up K x N)."""
+    if size := re.fullmatch(r"(\d+)x(\d+)", text):
+        return [Layer("custom", text, int(size[1]), int(size[2]))]
+    found = [layer for layer in LAYERS if text in (layer.key, layer.model)]
+    if not found:
+        known = ", ".join(layer.key for layer in LAYERS)
+        raise ValueError(f"no layer is called {text!r}; known: {known}, or KxN such as 768x2304")
+    return found
+
+
+def flops(layer: Layer, M: int, R: int, pass_: str) -> int:
+    """Useful FLOPs of a LoRA layer (R = 0: of the frozen layer).
+
+    Forward x Wᵀ and the two rank-R products; backward dy W and their four gradients.
+    """
+    base = 2 * M * layer.K * layer.N
+    rank = 2 * M * R * (layer.K + layer.N)
+    return base + rank if pass_ == FORWARD else 2 * base + 3 * rank

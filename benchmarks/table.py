@@ -1,0 +1,135 @@
+"""What the terminal shows: the machine, the class means, the worst cells, the goals."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.goals import GoalRow
+from benchmarks.providers import FROZEN, OURS, PREPACKED, PROVIDERS
+from benchmarks.record import OK, Record, Results
+from benchmarks.shapes import PASSES
+from benchmarks.summary import NOISE, against_best, class_means
+
+LABELS = {p.name: p.label for p in PROVIDERS}
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def machine_lines(results: Results) -> list[tuple[str, str]]:
+    """Name and value of everything worth knowing about where the run happened."""
+    m = results.machine
+    caches = ", ".join(f"{name} {human_bytes(size)}" for name, size in m["caches"].items())
+    peaks = ", ".join(f"{dtype} {rate:.0f} GFLOP/s" for dtype, rate in m["peak_gflops"].items())
+    return [
+        ("CPU", f"{m['cpu']}, family {m['family']} model {m['model']}" + ", VM" * m["virtual"]),
+        ("cores", f"{m['cores']}, load {' '.join(str(x) for x in m['load'])}"),
+        ("threads", f"{m['threads']}, {'CPU' if m['threads'] == 1 else 'wall clock'} time"),
+        ("caches", caches or "unknown"),
+        ("one core's peak", peaks or "not measured (takes a C compiler, on x86)"),
+        ("torch", f"{m['torch_capability']}, MKL {_yes(m['mkl'])}, oneDNN {_yes(m['onednn'])}, "
+                  f"AMX {_yes(m['amx'])}"),
+        ("lora_fused", m["native"]),
+        ("versions", ", ".join(f"{k} {v}" for k, v in results.versions.items())),
+        ("commit", results.commit),
+    ]  # fmt: skip
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def print_header(console: Console, results: Results) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in machine_lines(results):
+        table.add_row(f"[bold]{name}", value)
+    for provider in results.providers:
+        if provider["missing"]:
+            table.add_row(
+                f"[bold yellow]{provider['label']}", f"[yellow]left out: {provider['missing']}"
+            )
+    console.print(table)
+
+
+def print_results(console: Console, results: Results, goals: Sequence[GoalRow]) -> None:
+    console.print(_class_table(results.records, 0.0))
+    for dropout in sorted({r.dropout for r in results.records} - {0.0}):
+        console.print(_class_table(results.records, dropout))
+    _print_failures(console, results.records)
+    _print_worst(console, results.records)
+    console.print(_goal_table(goals))
+    if results.skipped:
+        console.print(f"[yellow]Not run: {'; '.join(results.skipped)}")
+
+
+def _class_table(records: Sequence[Record], dropout: float) -> Table:
+    means = class_means(records, dropout)
+    names = [
+        n for n in LABELS if n != FROZEN and any(n == m for row in means.values() for m, _ in row)
+    ]
+    table = _table(f"Time ÷ frozen nn.Linear, dropout {dropout:g}, r ≤ 16 (geometric mean)")
+    for column in ("dtype", "M", "cases", "pass"):
+        table.add_column(column)
+    for name in names:
+        table.add_column(name, justify="right", style="bold" if name in (OURS, PREPACKED) else "")
+    for (dtype, M), row in means.items():
+        cases = str(max(mean.cases for mean in row.values()))
+        for pass_ in PASSES:
+            cells = [f"{row[n, pass_].tax:.2f}" if (n, pass_) in row else "-" for n in names]
+            head = (dtype, M, cases) if pass_ == PASSES[0] else ("", "", "")
+            table.add_row(*head, pass_, *cells)
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def _print_failures(console: Console, records: Sequence[Record]) -> None:
+    seen = set()
+    for r in records:
+        line = (
+            f"{r.provider} on {r.layer_key} {r.dtype} M={r.M} r={r.R} p={r.dropout:g}: {r.message}"
+        )
+        if r.status != OK and line not in seen:
+            seen.add(line)
+            console.print(f"[bold red]{r.status.upper()}[/] {line}", highlight=False)
+
+
+def _print_worst(console: Console, records: Sequence[Record], count: int = 8) -> None:
+    rivalries = [r for name in (OURS, PREPACKED) for r in against_best(records, name)]
+    worst = sorted(rivalries, key=lambda r: -r.ratio.median)[:count]
+    if not worst:
+        return
+    table = _table("Worst cells: ours ÷ the best of naive, smart and PEFT in the same rounds")
+    for column in ("layer", "dtype", "M", "r", "p", "pass", "ours", "best", "ratio"):
+        table.add_column(column)
+    for rivalry in worst:
+        r, ratio = rivalry.record, rivalry.ratio
+        color = "red" if ratio.q25 > NOISE else "yellow" if rivalry.is_worse else "green"
+        table.add_row(
+            r.layer_key, r.dtype, str(r.M), str(r.R), f"{r.dropout:g}", r.pass_, r.provider,
+            rivalry.rival, f"[{color}]{ratio.median:.2f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _goal_table(goals: Sequence[GoalRow]) -> Table:
+    """The goals that this run can judge; the notes stand in the report."""
+    unmeasured = sum(g.met is None for g in goals)
+    table = _table("Goals, set on AMD Zen 4 (MKL and AMX differ by machine)")
+    table.caption = f"{unmeasured} not measured in this run" if unmeasured else None
+    for column in ("goal", "pass", "limit", "here", ""):
+        table.add_column(column)
+    for g in goals:
+        if g.met is not None:
+            color = "green" if g.met else "red"
+            table.add_row(g.goal, g.pass_, g.limit, g.measured, f"[{color}]{g.status}")
+    return table

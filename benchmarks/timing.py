@@ -1,0 +1,113 @@
+"""Interleaved timing: all contenders in every round, compared only within the round."""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+Clock = Callable[[], int]
+Name = TypeVar("Name", bound=Hashable)
+
+SAMPLE_NS = 2_000_000  # one sample lasts at least this long, or is one call
+
+
+def clock_for(threads: int) -> Clock:
+    """One thread: its CPU time, which a busy neighbour does not lengthen. More: the wall clock."""
+    return time.thread_time_ns if threads == 1 else time.perf_counter_ns
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    q10: float
+    q25: float
+    median: float
+    q75: float
+    q90: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Quantiles":
+        if not values:
+            raise ValueError("quantiles of nothing")
+        ordered = sorted(values)
+        return cls(*(_interpolated(ordered, q) for q in (0.10, 0.25, 0.50, 0.75, 0.90)))
+
+
+def _interpolated(ordered: Sequence[float], q: float) -> float:
+    at = q * (len(ordered) - 1)
+    low, high = math.floor(at), math.ceil(at)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+def paired_ratio(samples: Sequence[float], base: Sequence[float]) -> Quantiles:
+    """Quantiles of sample / base, taken round by round; the noise the two share drops out."""
+    if len(samples) != len(base):
+        raise ValueError(
+            f"paired samples come in equal numbers, got {len(samples)} and {len(base)}"
+        )
+    return Quantiles.of([s / b for s, b in zip(samples, base, strict=True)])
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(statistics.fmean(math.log(v) for v in values))
+
+
+@contextmanager
+def gc_paused() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How many calls make one sample, and how long that sample takes."""
+
+    repeats: int
+    sample_ns: int
+
+
+def pace_of(call: Callable[[], object], clock: Clock, sample_ns: int = SAMPLE_NS) -> Pace:
+    """Warms `call` up and finds its pace."""
+    call()
+    repeats = 1
+    while True:
+        elapsed = _timed(call, repeats, clock)
+        if elapsed >= sample_ns or repeats >= 1 << 16:
+            return Pace(repeats, elapsed)
+        # Aim a little beyond the target, but grow at most tenfold: the first calls are slow ones.
+        repeats = min(10 * repeats, math.ceil(1.2 * repeats * sample_ns / max(elapsed, 1)))
+
+
+def interleaved(
+    calls: Mapping[Name, Callable[[], object]],
+    paces: Mapping[Name, Pace],
+    rounds: int,
+    clock: Clock,
+) -> dict[Name, list[float]]:
+    """Microseconds per call of every contender in every round; the order rotates by one."""
+    names = list(calls)
+    samples: dict[Name, list[float]] = {name: [] for name in names}
+    with gc_paused():
+        for turn in range(rounds):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                repeats = paces[name].repeats
+                elapsed = _timed(calls[name], repeats, clock)
+                samples[name].append(elapsed / repeats / 1000)
+    return samples
+
+
+def _timed(call: Callable[[], object], repeats: int, clock: Clock) -> int:
+    start = clock()
+    for _ in range(repeats):
+        call()
+    return clock() - start

@@ -1,0 +1,176 @@
+"""Forward and backward of one LoRA linear layer, on top of any backend's four operations."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from lora_fused.backends import BACKENDS
+from lora_fused.backends.torch_ops import flatten
+from lora_fused.config import Call
+from lora_fused.reference import Gradients
+
+
+class Saved(NamedTuple):
+    """The tensors that backward reads; None where no requested gradient uses it."""
+
+    x: Tensor | None
+    s: Tensor | None
+    weight: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """y = x Wᵀ + s Bᵀ + bias with s = scale · (mask ⊙ x) Aᵀ, for x [..., K] and y [..., N].
+
+    Backward, from dy (only what needs_input_grad asks for is computed):
+
+        ds = scale · dy B
+        dx = dy W + mask ⊙ (ds A)
+        dA = dsᵀ (mask ⊙ x)
+        dB = dyᵀ s
+        dW = dyᵀ x,   dbias = Σ_m dy
+
+    Saved: x, s and the parameters themselves, each only if a requested gradient uses it. The mask
+    is regenerated from its seed. A parameter of another dtype than x is cast in both passes, so
+    that no cast copy lives in between; its gradient comes back in its own dtype.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        bias: Tensor | None,
+        call: Call,
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.call = call
+        y, s = lora_forward(call, x, weight, lora_A, lora_B, bias)
+        ctx.save_for_backward(*what_to_save(call.route.needs, x, s, weight, lora_A, lora_B))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        if dy is None:
+            return (None,) * 6
+        return (*lora_backward(ctx.call, dy, Saved(*ctx.saved_tensors)), None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        raise NotImplementedError(
+            "lora_linear has no forward-mode derivative; torch.func.jvp is supported."
+        )
+
+
+def refuse_double_backward() -> None:
+    """Raise under create_graph=True (only then is gradient mode on here): it would be ignored."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "lora_linear has no double backward (create_graph=True); "
+            "nested torch.func.grad is supported."
+        )
+
+
+def what_to_save(
+    needs: frozenset[str],
+    x: Tensor,
+    s: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+) -> Saved:
+    """Only the tensors that a requested gradient will read."""
+    dx, da = "x" in needs, "lora_A" in needs
+    return Saved(
+        x=x if da or "weight" in needs else None,
+        s=s if "lora_B" in needs else None,
+        weight=weight if dx else None,
+        lora_A=lora_A if dx else None,
+        lora_B=lora_B if dx or da else None,
+    )
+
+
+def lora_forward(
+    call: Call,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """y [..., N] and s [M, R] (None for rank 0) of x [..., K], which has the compute dtype."""
+    route = call.route
+    if torch._C._is_any_autocast_enabled():
+        # Every operand gets its final dtype here; autocast must not cast again.
+        with torch.autocast(route.problem.device_type, enabled=False):
+            return lora_forward(call, x, weight, lora_A, lora_B, bias)
+    if route.cast:
+        weight = weight.to(x.dtype)
+        lora_A, lora_B, bias = (
+            None if t is None else t.to(x.dtype) for t in (lora_A, lora_B, bias)
+        )
+    ops, s = BACKENDS[route.config.backend], None
+    if route.problem.R > 0:
+        s = ops.shrink(route, x, lora_A, call.scale, call.mask)
+    y = ops.matmul(route, "forward", x, weight, s, lora_B, bias, packed=call.packed)
+    return y, s
+
+
+def lora_backward(call: Call, dy: Tensor, saved: Saved) -> Gradients:
+    """The gradients that the route needs, the others None."""
+    route = call.route
+    if torch._C._is_any_autocast_enabled():
+        with torch.autocast(route.problem.device_type, enabled=False):
+            return lora_backward(call, dy, saved)
+    needs, x, ops = route.needs, saved.x, BACKENDS[route.config.backend]
+    weight_dtype, a_dtype, _, bias_dtype = route.param_dtypes
+    if route.cast:
+        saved = Saved(x, saved.s, *(None if t is None else t.to(dy.dtype) for t in saved[2:]))
+    dx = dweight = da = dbias = None
+    ds, db = shrink_gradients(call, dy, saved.s, saved.lora_B)
+    if "x" in needs:
+        dx = ops.matmul(
+            route, "dx", dy, saved.weight, ds, saved.lora_A, mask=call.mask, packed=call.packed
+        )
+    if "lora_A" in needs:
+        if ds is None:
+            da = dy.new_zeros(0, route.problem.K, dtype=a_dtype)
+        else:
+            da = ops.reduce(route, ds, x, call.mask, a_dtype)
+    if "weight" in needs and x is not None:
+        dweight = weight_gradient(dy, x, weight_dtype)
+    if "bias" in needs:
+        dbias = flatten(dy).sum(0, dtype=bias_dtype)
+    return Gradients(dx, dweight, da, db, dbias)
+
+
+def shrink_gradients(
+    call: Call, dy: Tensor, s: Tensor | None, lora_B: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """ds [M, R] if dx or da will read it, and db [N, R] if lora_B wants its gradient.
+
+    Rank 0 has no ds, and an empty db.
+    """
+    route = call.route
+    needs, R = route.needs, route.problem.R
+    db_dtype = route.param_dtypes[2] if "lora_B" in needs else None
+    if R == 0:
+        return None, None if db_dtype is None else dy.new_zeros(dy.shape[-1], 0, dtype=db_dtype)
+    need_ds = "x" in needs or "lora_A" in needs
+    if not need_ds and db_dtype is None:
+        return None, None
+    ops = BACKENDS[route.config.backend]
+    ds, db = ops.shrink_reduce(route, dy, lora_B, call.scale, s, need_ds, db_dtype)
+    return ds, db
+
+
+def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """dW [N, K] = dyᵀ x by the library."""
+    return torch.mm(flatten(dy).t(), flatten(x)).to(dtype)

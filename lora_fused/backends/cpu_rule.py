@@ -1,0 +1,128 @@
+"""Which strategy runs each direction on the CPU: the one rule, and the measurements behind it.
+
+Measured on an Intel Xeon with AMX (family 6, 2 MiB second-level cache), torch 2.13, 1 thread,
+r = 16, layers from 768 to 8192 wide: time of the direction relative to the frozen GEMM, as
+own / hybrid / library (packed in brackets).
+
+bf16, own kernels on AMX tiles, vendor's GEMM oneDNN on AMX tiles:
+    forward  M = 1     0.4-0.6 / 1.0-1.4 / 1.0-1.4     M = 4     0.8-0.9 / 1.1-1.5 / 1.0-1.4
+             M = 16    0.8-1.0 / 1.1-1.6 / 1.0-1.4     [0.4-0.7] up to 8 M weights, above 1.0-1.3
+             M = 128   0.9-1.2 / 1.1-1.4 / 1.0-1.4     [0.8-0.9] up to 4 M weights
+             M >= 512  0.9-1.4 / 1.0-1.4 / 1.0-1.4     K = 8192: 1.1 / 1.0 / 1.0
+    dx       M <= 4    0.5-0.7 / 1.0-1.7 / 1.0-1.7
+             M = 16    0.8-1.3 / 1.0-1.4 / 1.0-1.6     [0.35-0.9]
+             M = 128   1.0-1.4 / 1.1-1.3 / 1.0-1.4     [0.8-1.2]   own wins up to 2 M weights
+             M = 512   1.1-1.3 / 1.0-1.3 / 1.0-1.5     [0.9-1.2]
+             M = 2048  1.1-1.3 / 1.0-1.3 / 1.0-1.3     [1.0-1.3]
+    The native shrink and reduce take 0.5-0.8 of the time of torch's, hence hybrid, never library.
+fp32, vendor's GEMM MKL at 85-90 % of the peak:
+    forward  M <= 16   0.5-1.0 / 1.0-1.4 / 0.9-1.2     M = 1: 1.0 / 1.2 / 1.1
+             M = 128   0.9-1.1 / 1.0-1.2 / 1.0-1.1     M = 512: 1.0-1.1 / 1.0-1.1 / 1.0-1.05
+    dx       M = 128   0.6-0.8 / 1.0-1.1 / 1.0-1.1     from 1 M weights on; smaller ones 1.0-1.3
+             M = 16    0.8-0.9 / 1.1 / 1.0-1.1         from 16 M weights on; smaller ones 1.4-1.8
+             others    1.1-1.3 / 1.0-1.5 / 1.0-1.1
+    A packed weight was never faster than a plain one here (it was on an AMD Zen 4 prototype).
+fp16, vendor's GEMM oneDNN forward; its dx runs at 0.1-2 GFLOP/s from M = 128 on:
+    forward  0.5-1.0 / 1.1-1.4 / 1.0-1.2               dx  0.4-1.1 / 1.0-1.4 / 1.0-1.4, or 100 x less
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora_fused.config import Config, Problem
+
+if TYPE_CHECKING:
+    from lora_fused.backends.cpu import CpuInfo
+
+FEW_TOKENS = 4
+"""Up to here native code reads a plain weight once, straight from memory."""
+
+_MI = 1 << 20
+_SERIAL_BELOW_FLOPS = 2 * _MI
+"""Below this much work one thread is faster than waking the others."""
+
+
+def choose_cpu(problem: Problem, cpu: CpuInfo) -> Config:
+    """The strategies for a Problem that the native kernels can run."""
+    forward, dx = _rule(problem, cpu)
+    config = Config("cpu", forward, dx, cpu.isa, thread_count(problem))
+    if _is_measured(cpu):
+        return config
+    from lora_fused.backends import cpu_trial
+
+    forward, dx = (
+        cpu_trial.fastest_strategy(problem, config.threads, direction, default)
+        for direction, default in (("forward", forward), ("dx", dx))
+    )
+    return replace(config, forward=forward, dx=dx)
+
+
+def thread_count(problem: Problem) -> int:
+    """torch's thread count, or 1 for a tiny problem."""
+    flops = 2 * problem.M * problem.N * problem.K
+    return 1 if flops < _SERIAL_BELOW_FLOPS else problem.threads
+
+
+def _is_measured(cpu: CpuInfo) -> bool:
+    return cpu.vendor == "GenuineIntel" and "amx_bf16" in cpu.flags
+
+
+def _rule(problem: Problem, cpu: CpuInfo) -> tuple[str, str]:
+    """Strategy forward and for dx, as if every CPU with such features were like the measured one."""
+    vendor_has_tiles = "amx_bf16" in cpu.flags
+    if problem.dtype == torch.float16:
+        return "own", "own"
+    if problem.dtype == torch.bfloat16:
+        if not vendor_has_tiles:
+            return _bf16_by_vectors(problem), _bf16_by_vectors(problem)
+        if cpu.isa == "amx_bf16":
+            return _bf16_forward_by_tiles(problem), _bf16_dx_by_tiles(problem)
+        slower = "own" if problem.M <= FEW_TOKENS else "library"
+        return slower, slower
+    if cpu.vendor == "GenuineIntel":
+        return _fp32_forward_beside_mkl(problem), _fp32_dx_beside_mkl(problem)
+    own = "packed" if problem.prepacked else "own"
+    return own, own
+
+
+def _bf16_forward_by_tiles(problem: Problem) -> str:
+    M, weights = problem.M, problem.K * problem.N
+    if M <= FEW_TOKENS:
+        return "own"
+    if problem.prepacked and M <= 128 and weights <= 4 * _MI:
+        return "packed"
+    if problem.K > 4096 or (M <= 16 and weights > 8 * _MI):
+        return "hybrid"
+    return "own"
+
+
+def _bf16_dx_by_tiles(problem: Problem) -> str:
+    M, weights = problem.M, problem.K * problem.N
+    if M <= FEW_TOKENS:
+        return "own"
+    if problem.prepacked and M <= 512:
+        return "packed"
+    return "own" if M <= 128 and weights <= 2 * _MI else "hybrid"
+
+
+def _bf16_by_vectors(problem: Problem) -> str:
+    """Both sides multiply bf16 by vectors (Zen 4) or by conversion. Prototype: facts of Zen 4."""
+    if problem.M <= 16:
+        return "own"
+    if problem.prepacked:
+        return "packed"
+    return "hybrid" if problem.K * problem.N >= 4 * _MI else "own"
+
+
+def _fp32_forward_beside_mkl(problem: Problem) -> str:
+    return "own" if problem.M <= 128 else "library"
+
+
+def _fp32_dx_beside_mkl(problem: Problem) -> str:
+    M, weights = problem.M, problem.K * problem.N
+    own = (64 <= M <= 256 and weights >= 1.5 * _MI) or (4 <= M <= 256 and weights >= 16 * _MI)
+    return "own" if own else "library"

@@ -1,0 +1,89 @@
+"""The operations by torch alone: any device, any floating dtype. The strategy `library`.
+
+y is the vendor's GEMM followed by an accumulating rank-R GEMM into the same buffer, so that nothing
+of the size of y is ever made twice.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lora_fused.config import Mask, Problem, Route
+
+
+def not_supported_reasons(problem: Problem) -> list[str]:
+    """Nothing is out of reach of torch."""
+    return []
+
+
+def shrink(route: Route, x: Tensor, a: Tensor, scale: float, mask: Mask | None = None) -> Tensor:
+    """s [M, R] = scale · (mask ⊙ x) aᵀ from x [..., K] and a [R, K]."""
+    s = torch.mm(_dropped(flatten(x), mask), a.t())
+    return s if scale == 1.0 else s.mul_(scale)
+
+
+def matmul(
+    route: Route,
+    direction: str,
+    x: Tensor,
+    weight: Tensor,
+    s: Tensor | None,
+    adapter: Tensor | None,
+    bias: Tensor | None = None,
+    mask: Mask | None = None,
+    packed: object = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x w + mask ⊙ (s l) + bias, added to `out` if that is given.
+
+    "forward": x [..., K], w = weightᵀ [K, N], l = adapterᵀ with adapter = lora_B [N, R].
+    "dx": x is dy [..., N], w = weight [N, K], s is ds and l = adapter = lora_A [R, K].
+    """
+    forward = direction == "forward"
+    x2, w = flatten(x), weight.t() if forward else weight
+    if out is not None:
+        y = flatten(out).addmm_(x2, w)
+    else:
+        y = torch.mm(x2, w) if bias is None else torch.addmm(bias, x2, w)
+    if s is not None and adapter is not None:
+        l = adapter.t() if forward else adapter
+        y = y.addmm_(s, l) if mask is None else y.add_(_dropped(torch.mm(s, l), mask))
+    return y.view(route.y_shape if forward else route.x_shape)
+
+
+def shrink_reduce(
+    route: Route,
+    dy: Tensor,
+    b: Tensor | None,
+    scale: float,
+    s: Tensor | None,
+    need_ds: bool,
+    db_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """ds [M, R] = scale · dy b (if need_ds) and db [N, R] = dyᵀ s in db_dtype (if given)."""
+    dy2 = flatten(dy)
+    ds = db = None
+    if need_ds and b is not None:
+        ds = torch.mm(dy2, b)
+        if scale != 1.0:
+            ds.mul_(scale)
+    if db_dtype is not None and s is not None:
+        db = torch.mm(dy2.t(), s).to(db_dtype)
+    return ds, db
+
+
+def reduce(route: Route, ds: Tensor, x: Tensor, mask: Mask | None, dtype: torch.dtype) -> Tensor:
+    """da [R, K] = dsᵀ (mask ⊙ x), in dtype."""
+    return torch.mm(ds.t(), _dropped(flatten(x), mask)).to(dtype)
+
+
+def flatten(t: Tensor) -> Tensor:
+    """[..., last] as [M, last]; a view wherever the strides allow one."""
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def _dropped(x: Tensor, mask: Mask | None) -> Tensor:
+    return x if mask is None else x * mask.keep(x.shape[0], x.shape[1], x.device)

@@ -1,0 +1,149 @@
+"""explain(model, x): which backend and strategy each LoRA layer gets, and why not a faster one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fused import packed
+from lora_fused.config import Config, Problem
+from lora_fused.dispatch import choose, reasons_against, route_for
+from lora_fused.linear import FusedLoRALinear
+from lora_fused.reference import dropout_threshold
+
+_ASSUMED_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one layer does with one input."""
+
+    name: str
+    layer: str
+    problem: Problem | None
+    config: Config | None
+    why: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.layer}"]
+        if self.problem is not None:
+            lines.append(f"    for      {self.problem}")
+        lines.append(f"    runs on  {self.config or 'torch: F.linear'}")
+        lines += [f"    {'why' if i == 0 else '':8} {reason}" for i, reason in enumerate(self.why)]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One report per LoRA layer; print it to read it."""
+
+    layers: tuple[LayerReport, ...]
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "no FusedLoRALinear in this module"
+        return "\n".join(str(layer) for layer in self.layers)
+
+
+def explain(model: nn.Module, x: Any = None) -> Explanation:
+    """Report what each FusedLoRALinear in `model` will do, without computing any of it.
+
+    With x the model is run on it once (model(x), model(*x) for a tuple or model(**x) for a
+    mapping), without gradients and with the random state restored, to learn the shapes that reach
+    each layer; for a single layer only the shape of x is read. Without x, 512 tokens are assumed.
+    Returns an Explanation; str() of it is the report. Raises what the model raises.
+    """
+    inputs: dict[nn.Module, Tensor] = {}
+    if isinstance(model, FusedLoRALinear):
+        inputs[model] = x if isinstance(x, Tensor) else _assumed_input(model)
+    elif x is not None:
+        inputs = _inputs_reaching_layers(model, x)
+    reports = []
+    for name, layer in _lora_layers(model):
+        if layer in inputs or x is None:
+            given = inputs.get(layer)
+            reports.append(_report(name, layer, _assumed_input(layer) if given is None else given))
+        else:
+            reports.append(LayerReport(name, repr(layer), None, None, ("it was not called",)))
+    return Explanation(tuple(reports))
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, FusedLoRALinear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, FusedLoRALinear):
+            yield name or type(module).__name__, module
+
+
+def _assumed_input(layer: FusedLoRALinear) -> Tensor:
+    weight = layer.weight
+    return torch.empty(_ASSUMED_TOKENS, layer.in_features, dtype=weight.dtype, device=weight.device)
+
+
+def _inputs_reaching_layers(model: nn.Module, x: Any) -> dict[nn.Module, Tensor]:
+    inputs: dict[nn.Module, Tensor] = {}
+
+    def remember(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs.setdefault(layer, args[0])
+
+    handles = [layer.register_forward_pre_hook(remember) for _, layer in _lora_layers(model)]
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            if isinstance(x, Mapping):
+                model(**x)
+            elif isinstance(x, tuple):
+                model(*x)
+            else:
+                model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs
+
+
+def _report(name: str, layer: FusedLoRALinear, x: Tensor) -> LayerReport:
+    weight, pack = packed.read(layer.weight)
+    if layer.fan_in_fan_out:
+        weight = weight.t()
+    plain = layer.r == 0 or layer.merged
+    if plain and pack is None:
+        reason = "the adapter is merged" if layer.merged else "r = 0: there is no adapter"
+        return LayerReport(name, repr(layer), None, None, (reason,))
+    lora_A, lora_B = (None, None) if plain else (layer.lora_A, layer.lora_B)
+    dropout = not plain and layer.training and dropout_threshold(layer.lora_dropout) > 0
+    route = route_for(
+        x, weight, lora_A, lora_B, layer.bias, dropout, layer.backend, pack, _needs(layer, plain)
+    )
+    why = _why(layer, route.problem, route.config)
+    return LayerReport(name, repr(layer), route.problem, route.config, why)
+
+
+def _needs(layer: FusedLoRALinear, plain: bool) -> frozenset[str]:
+    """What training would ask for: the gradient of the input, and of what is trainable."""
+    if not torch.is_grad_enabled():
+        return frozenset()
+    names = ("weight", "bias") if plain else ("weight", "lora_A", "lora_B", "bias")
+    params = ((name, getattr(layer, name)) for name in names)
+    return frozenset({"x"} | {name for name, p in params if p is not None and p.requires_grad})
+
+
+def _why(layer: FusedLoRALinear, problem: Problem, config: Config) -> tuple[str, ...]:
+    why = list(config.notes)
+    if config.backend == "torch" and not reasons_against(problem)["cpu"]:
+        why.append("the native CPU kernels could run it")
+    if config.backend == "cpu":
+        why += _why_not_packed(layer, problem, config)
+    return tuple(why)
+
+
+def _why_not_packed(layer: FusedLoRALinear, problem: Problem, config: Config) -> list[str]:
+    if "packed" in (config.forward, config.dx) or layer.weight.requires_grad:
+        return []
+    if layer.prepacked:
+        return ["the packed weight is not read: at this size the plain one is faster"]
+    packed_config = choose(replace(problem, prepacked=True), "cpu")
+    faster = "packed" in (packed_config.forward, packed_config.dx)
+    return ["prepack() would let the native GEMM read the weight faster"] if faster else []

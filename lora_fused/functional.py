@@ -1,0 +1,179 @@
+"""lora_linear: the public function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_fused import checks
+from lora_fused.autograd import LoRALinearFunction, lora_forward
+from lora_fused.backends.cpu import PackedWeight
+from lora_fused.config import Call, Mask
+from lora_fused.dispatch import route_for
+from lora_fused.reference import dropout_threshold, effective_scaling, keep_mask, lora_linear_ref
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """y = x Wᵀ + scaling · (dropout(x) Aᵀ) Bᵀ + bias (LoRA, Hu et al., arXiv 2106.09685, eq. 3).
+
+    Equal to `F.linear(x, weight, bias) + scaling * (F.dropout(x, p, training) @ A.T @ B.T)` up to
+    rounding and the random stream of the dropout, in one pass over x and y.
+
+    Args:
+        x: [..., K], float32, bfloat16, float16 or float64.
+        weight: [N, K], any strides: pass `w.t()` for a weight stored [in, out] (fan_in_fan_out).
+        lora_A: [R, K]. lora_B: [N, R]. Any floating dtype; cast to that of x, never the reverse.
+            Their gradients are returned in their own dtype. R may be 0.
+        scaling: lora_alpha / r, usually. A constant.
+        bias: [N], any floating dtype.
+        dropout_p: probability of dropping an element of x on the LoRA branch, rounded to 1/65536.
+        training: no dropout if False.
+        seed: of the dropout mask, 64 bits. None draws one from torch's generator of x's device, so
+            that torch.manual_seed and activation checkpointing reproduce the mask.
+        backend: "auto", "cpu" (native kernels) or "torch".
+
+    Returns:
+        y [..., N] in the compute dtype: autocast's if it is on, else that of x.
+
+    Raises:
+        ValueError: tensors on different devices, shapes that do not fit, dropout_p outside [0, 1],
+        an
+            unknown backend or one that cannot run this call.
+        TypeError: weight and x of different dtypes outside autocast, or a dtype that is not
+        floating.
+
+    Under torch.func transforms (grad, vmap, jvp, …) the plain torch formula runs instead; outside
+    them double backward and forward-mode differentiation are refused.
+    """
+    p = dropout_p if training else 0.0
+    return call_layer(x, weight, lora_A, lora_B, bias, scaling, p, seed, backend)
+
+
+def call_layer(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    backend: str,
+    packed: PackedWeight | None = None,
+) -> Tensor:
+    """lora_linear as modules call it: adapters may be None (a plain linear), the weight packed."""
+    if torch._C._are_functorch_transforms_active() or is_traced():
+        return _recorded(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, backend)
+    mask, scale = None, scaling
+    if dropout_p != 0.0 or seed is not None:
+        checks.check_dropout(dropout_p, seed)
+        if lora_A is not None and dropout_threshold(dropout_p) > 0:
+            mask = make_mask(draw_seed(x.device) if seed is None else seed, dropout_p)
+            scale = effective_scaling(scaling, dropout_p)
+    if type(scale) is not float:
+        checks.check_scaling(scaling)
+    route = route_for(x, weight, lora_A, lora_B, bias, mask is not None, backend, packed)
+    if x.dtype != route.compute:
+        x = x.to(route.compute)
+    call = Call(route, scale, mask, packed)
+    if route.needs:
+        return LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, call)
+    return lora_forward(call, x, weight, lora_A, lora_B, bias)[0]
+
+
+def _recorded(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    backend: str,
+) -> Tensor:
+    """The call as torch can record it (an operator) or transform it (the plain formula)."""
+    checks.check_scaling(scaling)
+    checks.check_dropout(dropout_p, seed)
+    compute = checks.compute_dtype(x)
+    checks.check_call(x, weight, lora_A, lora_B, bias, compute, checks.autocast_is_on(x))
+    if x.dtype != compute:
+        x = x.to(compute)
+    if lora_A is None or dropout_threshold(dropout_p) == 0:
+        seed = None
+    elif seed is None:
+        seed = draw_seed(x.device)
+    if torch._C._are_functorch_transforms_active():
+        return _plain_formula(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
+    from lora_fused import ops
+
+    return ops.lora_linear_op(
+        x, weight, lora_A, lora_B, bias, seed_tensor(seed, x.device), scaling, dropout_p, backend
+    )[0]
+
+
+def is_traced() -> bool:
+    """Whether somebody records operations (torch.compile, export, jit.trace, a dispatch mode).
+
+    They see a call only if it goes through an operator registered with torch.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """63 random bits from torch's default generator of the device, as a tensor that stays there."""
+    return torch.randint(0x7FFFFFFFFFFFFFFF, (), dtype=torch.int64, device=device)
+
+
+def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+    """The seed as operators take it; the 64 bits are kept, whatever their sign."""
+    if seed is None or isinstance(seed, Tensor):
+        return seed
+    signed = seed - (1 << 64) if seed >= 1 << 63 else seed
+    return torch.full((), signed, dtype=torch.int64, device=device)
+
+
+def make_mask(seed: int | Tensor | None, dropout_p: float) -> Mask:
+    """On the CPU the seed becomes a number; elsewhere it stays on its device, without a sync."""
+    assert seed is not None
+    if isinstance(seed, Tensor) and seed.device.type == "cpu":
+        seed = int(seed.item())
+    return Mask(seed, dropout_threshold(dropout_p))
+
+
+def _plain_formula(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: int | Tensor | None,
+) -> Tensor:
+    """The same maths in differentiable torch operations, which torch.func can transform."""
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if lora_A is None or lora_B is None:
+        return torch.nn.functional.linear(x, weight, bias)
+    keep, scale = None, scaling
+    if seed is not None:
+        K = weight.shape[1]
+        keep = keep_mask(seed, x.numel() // max(K, 1), K, dropout_p, device=x.device)
+        scale = effective_scaling(scaling, dropout_p)
+    return lora_linear_ref(x, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scale, bias, keep)[0]

@@ -1,0 +1,185 @@
+"""The operators registered with torch, for torch.compile, torch.export and dispatch modes.
+
+    lora_fused::lora_linear           (x, weight, lora_A, lora_B, bias, seed, …) -> (y, s)
+    lora_fused::lora_linear_backward  (dy, x, weight, lora_A, lora_B, s, seed, …) -> (dx, dweight,
+    da, db, dbias)
+
+Eager calls do not pass here: the operator boundary costs more than a small layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from lora_fused.autograd import Saved, lora_backward, lora_forward
+from lora_fused.config import GRADIENT_NAMES, Call, Mask, Route
+from lora_fused.dispatch import route_for
+from lora_fused.functional import make_mask
+from lora_fused.reference import effective_scaling
+
+_SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? lora_A, Tensor? lora_B, Tensor? bias, Tensor? seed, "
+    "float scaling, float dropout_p, str backend) -> (Tensor, Tensor)"
+)
+_BACKWARD_SCHEMA = (
+    "(Tensor dy, Tensor x, Tensor weight, Tensor? lora_A, Tensor? lora_B, Tensor? bias, Tensor s, "
+    "Tensor? seed, float scaling, float dropout_p, str backend, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("lora_fused::lora_linear", mutates_args=(), schema=_SCHEMA)
+def lora_linear_op(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """y [..., N] and s [M, R]; x has the compute dtype. A seed means dropout."""
+    scale, mask = _scale_and_mask(scaling, dropout_p, seed)
+    route = route_for(
+        x, weight, lora_A, lora_B, bias, mask is not None, backend,
+        needs=frozenset(), cast_weight=True,
+    )  # fmt: skip
+    y, s = lora_forward(Call(route, scale, mask), x, weight, lora_A, lora_B, bias)
+    return y, x.new_empty(y.numel() // max(weight.shape[0], 1), 0) if s is None else s
+
+
+@lora_linear_op.register_fake
+def _lora_linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    tokens = 1
+    for size in x.shape[:-1]:
+        tokens = tokens * size
+    rank = 0 if lora_A is None else lora_A.shape[0]
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(tokens, rank)
+
+
+@torch.library.custom_op(
+    "lora_fused::lora_linear_backward", mutates_args=(), schema=_BACKWARD_SCHEMA
+)
+def lora_linear_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    s: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The five gradients, in the order of config.GRADIENT_NAMES; empty where not needed."""
+    scale, mask = _scale_and_mask(scaling, dropout_p, seed)
+    wanted = frozenset(name for name, need in zip(GRADIENT_NAMES, needs, strict=True) if need)
+    route = route_for(
+        x, weight, lora_A, lora_B, bias, mask is not None, backend,
+        needs=wanted, cast_weight=True,
+    )  # fmt: skip
+    _check_gradient(dy, s, route)
+    rank_s = s.contiguous() if s.shape[1] > 0 else None
+    gradients = lora_backward(
+        Call(route, scale, mask), dy, Saved(x, rank_s, weight, lora_A, lora_B)
+    )
+    dx, dweight, da, db, dbias = (dy.new_empty(0) if g is None else g for g in gradients)
+    return dx, dweight, da, db, dbias
+
+
+@lora_linear_backward_op.register_fake
+def _lora_linear_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    s: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dx, dweight, da, db, dbias = (
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        if need and t is not None
+        else dy.new_empty(0)
+        for need, t in zip(needs, (x, weight, lora_A, lora_B, bias), strict=True)
+    )
+    return dx, dweight, da, db, dbias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, lora_A, lora_B, bias, seed, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, lora_A, lora_B, bias, output[1], seed)
+
+
+def _backward(ctx: Any, dy: Tensor, ds: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, lora_A, lora_B, bias, s, seed = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:5])
+    gradients = lora_linear_backward_op(
+        dy, x, weight, lora_A, lora_B, bias, s, seed, *ctx.options, needs
+    )
+    wanted = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    return (*wanted, None, None, None, None)
+
+
+lora_linear_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _check_gradient(dy: Tensor, s: Tensor, route: Route) -> None:
+    """dy and s must be what the forward of this route made, for they are read by pointer."""
+    shapes = {"dy": (dy, route.y_shape), "s": (s, (route.problem.M, route.problem.R))}
+    for name, (tensor, shape) in shapes.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"lora_linear_backward: {name} has shape {list(tensor.shape)}, "
+                f"expected {list(shape)}."
+            )
+        if tensor.dtype != route.compute or tensor.device.type != route.problem.device_type:
+            raise TypeError(
+                f"lora_linear_backward: {name} is {tensor.dtype} on {tensor.device}, "
+                f"expected {route.compute}, on the device of x."
+            )
+
+
+def _scale_and_mask(
+    scaling: float, dropout_p: float, seed: Tensor | None
+) -> tuple[float, Mask | None]:
+    if seed is None:
+        return scaling, None
+    return effective_scaling(scaling, dropout_p), make_mask(seed, dropout_p)
+
+
+@register_flop_formula(torch.ops.lora_fused.lora_linear)
+def _lora_linear_flops(
+    x_shape: Any, weight_shape: Any, a_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """Useful work: 2 M N K for the weight, 2 M R (K + N) for the adapters."""
+    (N, K), R = weight_shape, 0 if a_shape is None else a_shape[0]
+    M = 1
+    for size in x_shape[:-1]:
+        M *= size
+    return 2 * M * (N * K + R * (K + N))
