@@ -1,4 +1,4 @@
-"""The contenders: one small adapter each, all wrapping the same tensors.
+"""The contenders: one small adapter each, all on the same values.
 
 A provider that is not installed stays in the list and says so. `build` returns a `Built`, whose
 `forward` runs without autograd and whose `forward_backward` computes dx and, for LoRA, da and db.
@@ -59,7 +59,10 @@ class Provider:
         return None
 
     def build(self, t: CaseTensors, dropout: float) -> Built:
-        return Built(self.layer(t, dropout), t.x, t.dy, (t.a, t.b) if self.lora else ())
+        """The layer on parameters of its own: a shared weight would be in the cache for all but
+        those that keep a form of their own, such as the packed one."""
+        own = t.copy_of_parameters()
+        return Built(self.layer(own, dropout), t.x, t.dy, (own.a, own.b) if self.lora else ())
 
 
 def _frozen_linear(t: CaseTensors) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""The tensors of a case: made once, shared by every provider."""
+"""The tensors of a case: made once; providers share x and dy and copy the parameters."""
 
 import zlib
 from dataclasses import dataclass, replace

@@ -339,6 +339,17 @@ def test_the_rule(
     assert config.isa == info.isa
 
 
+def test_the_rule_follows_the_weight_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fan_in_fan_out reads the weight forward as nn.Linear reads it for dx."""
+    monkeypatch.setenv("LORA_FUSED_AUTOTUNE", "0")
+    row = Problem(1, 2048, 2048, 16, torch.float32)
+    column = dataclasses.replace(row, weight_layout="column")
+    there, here = cpu_rule.choose_cpu(row, TILES), cpu_rule.choose_cpu(column, TILES)
+    assert (there.forward, there.dx) == ("own", "library") == (here.dx, here.forward)
+    strided = cpu_rule.choose_cpu(dataclasses.replace(row, weight_layout="strided"), TILES)
+    assert (strided.forward, strided.dx) == ("hybrid", "hybrid")
+
+
 @needs_native
 def test_only_unmeasured_cpus_are_timed(
     empty_cache: FilePath, monkeypatch: pytest.MonkeyPatch

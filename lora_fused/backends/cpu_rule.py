@@ -1,8 +1,10 @@
 """Which strategy runs each direction on the CPU: the one rule, and the measurements behind it.
 
 Measured on an Intel Xeon with AMX (family 6, 2 MiB second-level cache), torch 2.13, 1 thread,
-r = 16, layers from 768 to 8192 wide: time of the direction relative to the frozen GEMM, as
-own / hybrid / library (packed in brackets).
+r = 16, layers from 768 to 8192 wide, weight stored [N, K]: time of the direction relative to the
+frozen GEMM, as own / hybrid / library (packed in brackets). What tells the directions apart is
+how the weight lies in memory: "forward" reads it along the contraction, "dx" across it. A weight
+stored [K, N] (fan_in_fan_out) swaps the two.
 
 bf16, own kernels on AMX tiles, vendor's GEMM oneDNN on AMX tiles:
     forward  M = 1     0.4-0.6 / 1.0-1.4 / 1.0-1.4     M = 4     0.8-0.9 / 1.1-1.5 / 1.0-1.4
@@ -72,24 +74,33 @@ def _is_measured(cpu: CpuInfo) -> bool:
 
 
 def _rule(problem: Problem, cpu: CpuInfo) -> tuple[str, str]:
-    """Strategy forward and for dx, as if every CPU with such features were like the measured one."""
-    vendor_has_tiles = "amx_bf16" in cpu.flags
+    """Strategy forward and for dx, as if every CPU with such features were the measured one."""
+    if problem.weight_layout == "strided" and not problem.prepacked:
+        return "hybrid", "hybrid"
+    if problem.weight_layout == "column":
+        along, across = _by_orientation(replace(problem, K=problem.N, N=problem.K), cpu)
+        return across, along
+    return _by_orientation(problem, cpu)
+
+
+def _by_orientation(problem: Problem, cpu: CpuInfo) -> tuple[str, str]:
+    """Strategy where the weight is read along its contraction, and where it is read across."""
     if problem.dtype == torch.float16:
         return "own", "own"
     if problem.dtype == torch.bfloat16:
-        if not vendor_has_tiles:
+        if "amx_bf16" not in cpu.flags:
             return _bf16_by_vectors(problem), _bf16_by_vectors(problem)
         if cpu.isa == "amx_bf16":
-            return _bf16_forward_by_tiles(problem), _bf16_dx_by_tiles(problem)
+            return _bf16_tiles_along(problem), _bf16_tiles_across(problem)
         slower = "own" if problem.M <= FEW_TOKENS else "library"
         return slower, slower
     if cpu.vendor == "GenuineIntel":
-        return _fp32_forward_beside_mkl(problem), _fp32_dx_beside_mkl(problem)
+        return _fp32_beside_mkl_along(problem), _fp32_beside_mkl_across(problem)
     own = "packed" if problem.prepacked else "own"
     return own, own
 
 
-def _bf16_forward_by_tiles(problem: Problem) -> str:
+def _bf16_tiles_along(problem: Problem) -> str:
     M, weights = problem.M, problem.K * problem.N
     if M <= FEW_TOKENS:
         return "own"
@@ -100,7 +111,7 @@ def _bf16_forward_by_tiles(problem: Problem) -> str:
     return "own"
 
 
-def _bf16_dx_by_tiles(problem: Problem) -> str:
+def _bf16_tiles_across(problem: Problem) -> str:
     M, weights = problem.M, problem.K * problem.N
     if M <= FEW_TOKENS:
         return "own"
@@ -110,7 +121,7 @@ def _bf16_dx_by_tiles(problem: Problem) -> str:
 
 
 def _bf16_by_vectors(problem: Problem) -> str:
-    """Both sides multiply bf16 by vectors (Zen 4) or by conversion. Prototype: facts of Zen 4."""
+    """No tiles on either side. From a prototype's measurements on an AMD Zen 4, not these kernels'."""
     if problem.M <= 16:
         return "own"
     if problem.prepacked:
@@ -118,11 +129,11 @@ def _bf16_by_vectors(problem: Problem) -> str:
     return "hybrid" if problem.K * problem.N >= 4 * _MI else "own"
 
 
-def _fp32_forward_beside_mkl(problem: Problem) -> str:
+def _fp32_beside_mkl_along(problem: Problem) -> str:
     return "own" if problem.M <= 128 else "library"
 
 
-def _fp32_dx_beside_mkl(problem: Problem) -> str:
+def _fp32_beside_mkl_across(problem: Problem) -> str:
     M, weights = problem.M, problem.K * problem.N
     own = (64 <= M <= 256 and weights >= 1.5 * _MI) or (4 <= M <= 256 and weights >= 16 * _MI)
     return "own" if own else "library"
