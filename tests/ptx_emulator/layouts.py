@@ -34,8 +34,8 @@ def table(make: Callable[..., Table]) -> Callable[..., Table]:
 
     @lru_cache(maxsize=512)
     @wraps(make)
-    def cached(*key: object) -> Table:
-        made = make(*key)
+    def cached(*key: object, **named_key: object) -> Table:
+        made = make(*key, **named_key)
         for array in made if isinstance(made, tuple) else (made,):
             array.setflags(write=False)
         return made
