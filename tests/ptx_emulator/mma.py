@@ -75,20 +75,25 @@ def fragment(shape: str, operand: str, dtype: str) -> Fragment:
     raise IllegalOperand(f"mma.sync has no operand {operand}")
 
 
-def gather_matrix(registers: np.ndarray, layout: Fragment, shape: tuple, dtype: str) -> np.ndarray:
+def gather_matrix(
+    registers: np.ndarray, layout: Fragment, shape: tuple[int, int], dtype: str
+) -> np.ndarray:
     """Element bits of the matrix that a fragment describes, [..., rows, cols]."""
     bits = split_registers(registers, dtype)
     if bits.shape[-3:] != layout.row.shape:
         lanes, count, _ = layout.row.shape
         raise IllegalOperand(f"expected {lanes} lanes x {count} registers, got {registers.shape}")
-    matrix = np.empty((*bits.shape[:-3], *shape), bits.dtype)
-    matrix[..., layout.row, layout.col] = bits
-    return matrix
+    batch, (rows, cols) = bits.shape[:-3], shape
+    matrix = np.empty((*batch, rows * cols), bits.dtype)
+    matrix[..., layout.row * cols + layout.col] = bits
+    return matrix.reshape(*batch, rows, cols)
 
 
 def scatter_matrix(matrix: np.ndarray, layout: Fragment, dtype: str) -> np.ndarray:
     """Registers of a fragment from element bits [..., rows, cols]."""
-    return join_registers(matrix[..., layout.row, layout.col], dtype)
+    *batch, rows, cols = matrix.shape
+    elements = matrix.reshape(*batch, rows * cols)
+    return join_registers(np.take(elements, layout.row * cols + layout.col, axis=-1), dtype)
 
 
 def mma_sync(

@@ -88,9 +88,9 @@ def test_mn_major_128_byte_swizzle_by_hand() -> None:
 
 
 def test_32_byte_atoms_hold_four_k() -> None:
-    d = SmemDescriptor(0, 4096, 512, 0, Swizzle.B128_ATOM32)
+    d = SmemDescriptor(0, 4096, 2048, 0, Swizzle.B128_ATOM32)
     address = operand_addresses(d, 64, 8, "tf32", True)
-    assert address[0, :5].tolist() == [0, 128 + 32, 256 + 64, 384 + 96, 512]
+    assert address[0, :5].tolist() == [0, 128 + 32, 256 + 64, 384 + 96, 2048]
     assert address[32, 0] == 4096
     assert address[8, 1] == 128
 
