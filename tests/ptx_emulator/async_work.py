@@ -38,6 +38,7 @@ class Job:
     team: int
     run: Callable[[], None]
     done: bool = False
+    after: Job | None = None
 
 
 @dataclass(eq=False)
@@ -105,6 +106,9 @@ class AsyncWork:
         """Land a job now, reported at its own instruction."""
         if job.done:
             return
+        if job.after is not None:
+            self.finish(job.after)
+            job.after = None
         if job in self.jobs:
             self.jobs.remove(job)
         job.done = True

@@ -44,12 +44,10 @@ class BlockBarriers:
         pcs = machine.pc.reshape(-1, 32)[warp]
         live = (machine.status.reshape(-1, 32)[warp] != EXITED)
         together = ((pcs == order) | ~live).all(axis=1)
-        if together.all():
-            return group.lanes
         machine.block(group.lanes[~together], "the other lanes of its warp")
         here = np.unique(warp[together])
         lanes = (here[:, None] * 32 + np.arange(32)).ravel()
-        return lanes[machine.status[lanes] != EXITED]
+        return lanes[(machine.status[lanes] != EXITED) & ~machine.through[lanes]]
 
     def arrive(
         self, lanes: np.ndarray, names: np.ndarray, counts: np.ndarray, aligned: bool, wait: bool
@@ -78,7 +76,7 @@ class BlockBarriers:
         barrier.arrived += 32 * len(np.unique(lanes >> 5)) if aligned else len(lanes)
         if wait:
             barrier.waiting.append(lanes)
-            machine.block(lanes, f"barrier {key[1]} ({expected} threads)")
+            machine.block(lanes, f"barrier {key[1]} ({expected} threads)", arrived=True)
         else:
             team = int(lanes[0]) // machine.team_lanes
             known = machine.clocks.release(team, lanes % machine.team_lanes)

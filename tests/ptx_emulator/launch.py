@@ -17,8 +17,10 @@ from . import (  # noqa: F401  (every module registers its opcodes)
     ops_matrix,
     ops_memory,
     ops_sync,
+    ops_tcgen05,
     ops_tensor_copy,
     ops_warp,
+    ops_wgmma,
 )
 from .layout import Layout, place_variables
 from .machine import Machine

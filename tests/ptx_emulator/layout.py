@@ -138,8 +138,8 @@ def access_granule(kernel: Kernel, space: str, largest: int) -> int:
             space in spaces or not spaces & {"global", "shared", "local", "param", "const"}
         ):
             sizes.append(access_size(ins))
-        elif ins.opcode == "cp" and "bulk" not in spaces and space == "shared":
-            sizes.append(min(getattr(op, "value", largest) for op in ins.operands[2:3]))
+        elif ins.opcode == "cp" and "bulk" not in spaces and space == "shared" in spaces:
+            sizes.append(ins.operands[2].value)
     return min(sizes)
 
 

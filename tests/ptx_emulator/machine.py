@@ -27,8 +27,9 @@ from .special import SpecialRegisters
 from .syntax import Instruction, Kernel, Module
 from .tensor_memory import TensorMemory
 from .traffic import Traffic
+from .warpgroups import WarpgroupQueues
 
-READY, BLOCKED, EXITED = 0, 1, 2
+READY, BLOCKED, EXITED, ARRIVED = 0, 1, 2, 3  # ARRIVED: counted at a barrier, waits for others
 _FAR = np.int32(2**31 - 1)
 _STALL_ROUNDS = 40
 MAX_FINDINGS = 50
@@ -85,6 +86,8 @@ class Machine:
         self.mbarriers = TransactionBarriers(self)
         self.async_work = AsyncWork(self)
         self.tensor_memory = TensorMemory(self)
+        self.warpgroups = WarpgroupQueues(self)
+        self.flying: set[str] = set()
         self.queue = deque(range(layout.clusters))
         self.traffic = Traffic(self)
         self.gather_warps = self._gathering(32)
@@ -162,16 +165,18 @@ class Machine:
         self.status[lanes] = READY
         self.yielded[lanes] = False
 
-    def block(self, lanes: np.ndarray, why: str) -> None:
+    def block(self, lanes: np.ndarray, why: str, arrived: bool = False) -> None:
         if len(lanes):
-            self.status[lanes] = BLOCKED
+            self.status[lanes] = ARRIVED if arrived else BLOCKED
             if why not in self.reason_of:
                 self.reason_of[why] = len(self.reasons)
                 self.reasons.append(why)
             self.waiting[lanes] = self.reason_of[why]
 
     def why(self, lane: int) -> str:
-        return self.reasons[self.waiting[lane]] if self.status[lane] == BLOCKED else "spinning"
+        if self.status[lane] == READY:
+            return "its turn (spinning)"
+        return self.reasons[self.waiting[lane]]
 
     def retry(self, lanes: np.ndarray) -> None:
         """Blocked lanes look at their gate again."""
@@ -217,6 +222,11 @@ class Machine:
         if address is None:
             raise UnknownInstruction(ins, f"no variable {name}")
         return address
+
+    def flying_registers(self) -> set[str]:
+        """Registers that asynchronous operations of some warp still own."""
+        queues = self.warpgroups.queues.values()
+        return set().union(*(q.flying for q in queues), *self.tensor_memory.loading.values())
 
     def fence_proxy(self, lanes: np.ndarray) -> None:
         team, member = self.team_of(lanes)
@@ -286,6 +296,9 @@ class Machine:
         warps = self.picker.choose(warps)
         order = int(first[warps].min())
         chosen = warps[first[warps] == order]
+        if self.program.blocks[order].gate == "warpgroup":
+            near = (np.unique(chosen >> 2)[:, None] * 4 + np.arange(4)).ravel()
+            chosen = near[first[near] == order]
         here = lowest[chosen] == order
         lanes = (chosen[:, None] * 32 + _LANES)[here]
         alone = len(lanes) == int((lowest[warps] < _FAR).sum())
@@ -330,6 +343,8 @@ class Machine:
         self.group = group
         for ins, operation, guard in self.bodies[order]:
             self.at = ins
+            if self.flying:
+                self.warpgroups.check_registers(ins, group)
             if guard is None:
                 operation(group)
                 continue
@@ -437,19 +452,21 @@ class Machine:
     def _deadlock(self) -> None:
         self.group = None
         live = np.nonzero(self.status != EXITED)[0]
-        lines: dict[tuple, list[int]] = {}
+        states: dict[tuple, list[int]] = {}
         for lane in live.tolist():
-            lines.setdefault((lane // 32, int(self.pc[lane]), self.why(lane)), []).append(lane)
+            place = lane // self.block_lanes, int(self.pc[lane]), self.why(lane)
+            states.setdefault(place, []).append(lane)
         parts = []
-        for (_, order, why), lanes in lines.items():
+        for (slot, order, why), lanes in states.items():
             ins = self.program.blocks[order].instructions[0]
+            inside = sorted({lane % self.block_lanes // 32 for lane in lanes})
             parts.append(
-                f"{self.lane_name(lanes[0])} (+{len(lanes) - 1}) at line {ins.line} {ins.source}"
-                f" {ins.text}: waits for {why}"
+                f"block {int(self.layout.lane_block[slot * self.block_lanes])}: {len(lanes)} lanes"
+                f" of warps {inside} at line {ins.line} {ins.source} ({ins.text}) wait for {why}"
             )
         self.at = self.program.blocks[int(self.pc[live[0]])].instructions[0]
         kind = "divergence" if self._diverged(live) else "deadlock"
-        self.stop(kind, "no lane can run\n      " + "\n      ".join(parts[:40]), None)
+        self.stop(kind, "no lane can run\n      " + "\n      ".join(parts[:12]), None)
 
     def _diverged(self, live: np.ndarray) -> bool:
         """Lanes wait for others of their own warp, who wait somewhere else or have exited."""

@@ -131,6 +131,18 @@ class TransactionBarriers:
         self.machine.progress += 1
         self._update(barrier)
 
+    def engine_arrive(self, at: int, column: int, tick: int) -> None:
+        """One arrival by the tensor core, whose work up to `tick` is complete."""
+        barrier = self.get(None, at)
+        known = np.zeros(self.machine.clocks.known.shape[2], np.int32)
+        known[column] = tick
+        barrier.known = _latest(barrier.known, known)
+        barrier.pending -= 1
+        if barrier.pending < 0:
+            self.machine.stop("barrier-count", "more arrivals than the mbarrier expects", None)
+        self.machine.progress += 1
+        self._update(barrier)
+
     def _transactions(self, barrier: Mbarrier, size: int, at: int) -> None:
         barrier.transactions += size
         if abs(barrier.transactions) > MAX_TRANSACTION:

@@ -50,7 +50,7 @@ def matrix_multiply(machine: Machine, ins: Instruction) -> Operation:
     operand_count(ins, 4)
     a, b, c = (machine.registers.sources(ins, op, "b32") for op in ins.operands[1:])
     put = machine.registers.targets(ins, ins.operands[0], "b32")
-    m, n, k = 16, 8, int(shape[5:])
+    m, n, k = 16, 8, int(shape[6:])
 
     def run(group: Group) -> None:
         warps = whole_warps(machine, group)

@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .addresses import RANK_SHIFT
 from .decode import Modifiers, Operation, gate, opcode, operand_count
+from .layout import SHARED_WINDOW
 from .ops_sync import masked_gate
 from .registers import Group
 from .report import UnknownInstruction
 from .syntax import Imm, Instruction, Pair
+from .types import numpy_type
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -224,5 +227,28 @@ def activemask(machine: Machine, ins: Instruction) -> Operation:
         warps = Warps(group)
         bits = (warps.present.astype(np.uint64) << _LANE.astype(np.uint64)).sum(axis=1)
         put(group, warps.collect(np.broadcast_to(bits[:, None], warps.shape)).astype(np.uint32))
+
+    return run
+
+
+@opcode("mapa")
+def map_address(machine: Machine, ins: Instruction) -> Operation:
+    """The address of the same variable in another block of the cluster."""
+    mods = Modifiers(ins)
+    shared = mods.take("shared::cluster")
+    kind = mods.need("u32", "u64")
+    mods.done()
+    operand_count(ins, 3)
+    get = machine.registers.source(ins, ins.operands[1], kind)
+    rank = machine.registers.source(ins, ins.operands[2], "u32")
+    put = machine.registers.target(ins, ins.operands[0], kind)
+    window = 0 if shared else SHARED_WINDOW
+
+    def run(group: Group) -> None:
+        ranks = np.broadcast_to(rank(group), group.n).astype(np.int64)
+        if (ranks >= machine.layout.cluster_size).any():
+            machine.stop("out-of-bounds", f"mapa of rank {int(ranks.max())}", None)
+        inside = (get(group).astype(np.int64) - window) & ((1 << RANK_SHIFT) - 1)
+        put(group, (window + ((ranks + 1) << RANK_SHIFT) + inside).astype(numpy_type(kind)))
 
     return run

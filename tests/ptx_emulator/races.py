@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .machine import Machine
 
 Same = Callable[[np.ndarray], np.ndarray]
+_BUSY = "store to the source of an asynchronous operation nobody waited for,"
 
 
 class SharedTracker:
@@ -36,9 +37,9 @@ class SharedTracker:
         self.read = np.zeros((count, self.readers), np.int32)
         self.last_read = np.zeros(count, np.int32)
         self.read_at = np.zeros(count, np.int32)
-        # reads by asynchronous engines: the last one per granule
-        self.engine = np.full(count, -1, np.int32)
-        self.engine_read = np.zeros(count, np.int32)
+        # reads by asynchronous engines: the last tick of each engine per granule
+        self.engines: list[int] = []
+        self.engine_read: list[np.ndarray] = []
 
     def clear(self, begin: int, end: int) -> None:
         part = slice(begin >> self.shift, end >> self.shift)
@@ -46,7 +47,8 @@ class SharedTracker:
         self.written[part] = 0
         self.read[part] = 0
         self.last_read[part] = 0
-        self.engine[part] = -1
+        for ticks in self.engine_read:
+            ticks[part] = 0
 
     def granules(self, at: np.ndarray, size: int) -> np.ndarray:
         first = at >> self.shift
@@ -132,15 +134,12 @@ class SharedTracker:
             bad = (~ordered & (reader != lane[row, None])).any(axis=1)
             self._report(bad, row, cell, self.read_at, len(lane), "race",
                          "store not ordered after the load", same)
-        engine = self.engine[cells]
-        row, column = np.nonzero(engine >= 0)
-        if len(row):
-            cell = cells[row, column]
-            ordered = self.clocks.knows(
-                team[row], lane[row], engine[row, column], self.engine_read[cell]
-            )
-            self._report(~ordered, row, cell, self.read_at, len(lane), "in-flight",
-                         "store to the source of an asynchronous operation nobody waited for,", None)
+        for column, ticks in zip(self.engines, self.engine_read, strict=True):
+            row, place = np.nonzero(ticks[cells])
+            if len(row):
+                cell = cells[row, place]
+                ordered = self.clocks.knows(team[row], lane[row], column, ticks[cell])
+                self._report(~ordered, row, cell, self.read_at, len(lane), "in-flight", _BUSY, None)
 
     def _report(self, bad, row, cell, places, count, kind, message, same: Same | None) -> None:
         if not bad.any():
@@ -162,8 +161,10 @@ class SharedTracker:
         """An engine, started by the machine lane `lane`, reads granules `cells` (unique)."""
         team, member = self.machine.team_and_member(lane)
         self._engine_after_write(team, member, cells, what, fence=True)
-        self.engine[cells] = column
-        self.engine_read[cells] = tick
+        if column not in self.engines:
+            self.engines.append(column)
+            self.engine_read.append(np.zeros(len(self.writer), np.int32))
+        self.engine_read[self.engines.index(column)][cells] = tick
         self.read_at[cells] = self.machine.at.index
 
     def engine_store(self, lane: int, cells: np.ndarray, column: int, tick: int, what: str) -> None:
@@ -173,10 +174,10 @@ class SharedTracker:
         unordered = ~self.clocks.knows(team, member, reader, read) & (reader != member)
         self._engine_report(unordered.any(axis=1), cells, self.read_at, "race",
                             f"{what} not ordered after the load")
-        engine = self.engine[cells]
-        busy = (engine >= 0) & ~self.clocks.knows(team, member, engine, self.engine_read[cells])
-        self._engine_report(busy, cells, self.read_at, "in-flight",
-                            f"{what} over the source of an asynchronous operation")
+        for engine, ticks in zip(self.engines, self.engine_read, strict=True):
+            busy = (ticks[cells] > 0) & ~self.clocks.knows(team, member, engine, ticks[cells])
+            self._engine_report(busy, cells, self.read_at, "in-flight",
+                                f"{what} over the source of an asynchronous operation")
         self.writer[cells] = column
         self.written[cells] = tick
         self.strong[cells] = False
