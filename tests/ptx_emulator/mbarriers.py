@@ -131,11 +131,13 @@ class TransactionBarriers:
         self.machine.progress += 1
         self._update(barrier)
 
-    def engine_arrive(self, at: int, column: int, tick: int) -> None:
-        """One arrival by the tensor core, whose work up to `tick` is complete."""
-        barrier = self.get(None, at)
-        known = np.zeros(self.machine.clocks.known.shape[2], np.int32)
-        known[column] = tick
+    def engine_arrive(self, at: int, known: np.ndarray) -> None:
+        """One arrival by the tensor core when its work is complete."""
+        barrier = self.objects.get(at)
+        if barrier is None:
+            where = self.machine.shared.describe(at)
+            self.machine.find("invalidated", f"arrival at an invalidated mbarrier, {where}", None)
+            return
         barrier.known = _latest(barrier.known, known)
         barrier.pending -= 1
         if barrier.pending < 0:

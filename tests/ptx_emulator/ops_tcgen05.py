@@ -222,7 +222,7 @@ def _commit(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:
         _, at = resolve(group)
         for lane, barrier in zip(group.lanes.tolist(), at.tolist(), strict=True):
             machine.mbarriers.get(lane, barrier)
-            machine.tensor_memory.core(lane // machine.block_lanes).commit(ins, barrier)
+            machine.tensor_memory.core(lane // machine.block_lanes).commit(ins, lane, barrier)
 
     return run
 

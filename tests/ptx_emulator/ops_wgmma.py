@@ -100,8 +100,7 @@ def _multiply(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:
 
     def run(group: Group) -> None:
         count = whole_warps(machine, group, 128)
-        early = machine.picker.lands_now()
-        if early:
+        if machine.schedule.landing == "early":
             _start(machine, ins, form, group, count, True)
             return
         for lanes in group.lanes.reshape(count, 128):
@@ -143,12 +142,14 @@ def _start(machine: Machine, ins, form: _Form, group: Group, count: int, early: 
         tick = machine.clocks.tick_engine(team, queue.column)
         for tile in [*tiles_a[row : row + 1], tiles_b[row]]:
             tile.issue(leader, queue.column, tick)
+        if queue.jobs and not early:
+            job.after = queue.jobs[-1][1]
         queue.jobs.append((queue.committed, job, tick))
         queue.flying |= form.names
     machine.flying = machine.flying | form.names
     if machine.counters is not None:
         machine.counters.tensor_flops += 2 * 64 * form.n * form.k * count
-    if early:
+    if early or machine.picker.lands_now():
         machine.async_work.finish(job)
 
 

@@ -197,7 +197,11 @@ class SharedTracker:
         if fence:
             ordered = generic & (known | mine) & (tick != NEVER)
             crossed = self.clocks.crossed(team, member, np.where(generic, writer, 0), tick)
-            self._engine_report(ordered & ~crossed, cells, self.write_at, "missing-proxy-fence",
+            bad = ordered & ~crossed
+            for place in np.unique(self.write_at[cells[bad]]).tolist():
+                if self.machine.instruction(place).opcode == "tcgen05":
+                    bad &= self.write_at[cells] != place  # tcgen05.alloc is no generic store
+            self._engine_report(bad, cells, self.write_at, "missing-proxy-fence",
                                 f"{what} without fence.proxy.async since the store")
 
     def _engine_report(self, bad, cells, places, kind: str, message: str) -> None:

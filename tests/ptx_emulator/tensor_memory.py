@@ -122,11 +122,14 @@ class _Core:
                     None,
                 )
 
-    def commit(self, ins, barrier: int) -> None:
-        """Signal an mbarrier when all earlier work is complete."""
-        machine, tick = self.machine, self.tick
-        team = self.slot // machine.layout.cluster_size
-        job = Job(ins, team, lambda: machine.mbarriers.engine_arrive(barrier, self.column, tick))
+    def commit(self, ins, lane: int, barrier: int) -> None:
+        """Signal an mbarrier when all earlier work is complete; what the issuing lane knew then
+        happened before that work."""
+        machine = self.machine
+        team, member = machine.team_and_member(lane)
+        known = machine.clocks.release(team, np.array([member]))
+        known[self.column] = max(known[self.column], self.tick)
+        job = Job(ins, team, lambda: machine.mbarriers.engine_arrive(barrier, known))
         job.after, self.last = self.last, job
         machine.async_work.submit(job)
 
