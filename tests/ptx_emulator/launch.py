@@ -121,24 +121,13 @@ def _scalar(value, size: int) -> bytes:
     return (int(value) % (1 << 8 * size)).to_bytes(size, "little")
 
 
-def run(
-    ptx: str | Module,
-    kernel: str | Kernel,
-    grid,
-    block,
-    args: Sequence,
-    *,
-    cluster=1,
-    shared: int = 0,
-    resident: int = MAX_RESIDENT,
-    schedule: Schedule = Schedule(),
-    counters: bool = False,
-) -> Report:
-    """Execute a kernel and return what was found; output arrays are updated in place.
+def prepare(ptx: str | Module, kernel: str | Kernel, grid, block, args: Sequence = (), *,
+            cluster=1, shared: int = 0) -> Machine:
+    """A machine that is ready to build instructions but has not built any."""
+    return _prepare(ptx, kernel, grid, block, args, cluster, shared, 1, Schedule(), False)[0]
 
-    `args`: numpy arrays (passed as pointers), `Uninitialised(array)`, numbers, `Struct`s,
-    `TensorMap`s or raw bytes.  `shared` is the dynamic shared memory in bytes, `resident` how many
-    blocks the device holds at a time."""
+
+def _prepare(ptx, kernel, grid, block, args, cluster, shared, resident, schedule, counters):
     module = parse(ptx) if isinstance(ptx, str) else ptx
     parsed = module.kernel(kernel) if isinstance(kernel, str) else kernel
     if len(args) > len(parsed.params):
@@ -158,6 +147,30 @@ def run(
         _fill(machine.memory, i, np.frombuffer(
             data.ljust(variables.global_sizes[i], b"\0"), np.uint8), True)
     _write_params(machine, parsed, args, buffers)
+    return machine, buffers
+
+
+def run(
+    ptx: str | Module,
+    kernel: str | Kernel,
+    grid,
+    block,
+    args: Sequence,
+    *,
+    cluster=1,
+    shared: int = 0,
+    resident: int = MAX_RESIDENT,
+    schedule: Schedule = Schedule(),
+    counters: bool = False,
+) -> Report:
+    """Execute a kernel and return what was found; output arrays are updated in place.
+
+    `args`: numpy arrays (passed as pointers), `Uninitialised(array)`, numbers, `Struct`s,
+    `TensorMap`s or raw bytes.  `shared` is the dynamic shared memory in bytes, `resident` how many
+    blocks the device holds at a time."""
+    machine, buffers = _prepare(
+        ptx, kernel, grid, block, args, cluster, shared, resident, schedule, counters
+    )
     machine.build()
     report = machine.run()
     for i, array in enumerate(buffers.arrays):

@@ -83,6 +83,8 @@ def arithmetic(machine: Machine, ins: Instruction) -> Operation:
     if kind not in FLOATS:
         raise UnknownInstruction(ins, f"type .{kind}")
     name = ins.opcode
+    if "f32" in mods.left and name in ("add", "sub", "fma") and kind in ("f16", "bf16"):
+        return _mixed(machine, ins, mods, kind)
     three = name in ("min", "max") and kind == "f32"
     operand_count(ins, 1 + _ARITY[name], *([4] if three else []))
     rounding, ftz, sat = mods.take(*_ROUNDINGS) or "rn", bool(mods.take("ftz")), mods.take("sat")
@@ -106,6 +108,21 @@ def arithmetic(machine: Machine, ins: Instruction) -> Operation:
         put(group, from_float(result, kind))
 
     return run
+
+
+def _mixed(machine: Machine, ins: Instruction, mods: Modifiers, kind: str) -> Operation:
+    """add, sub, fma{.rnd}.f32.atype: a (and b of fma) are widened, the last operand is f32."""
+    mods.need("f32")
+    rounding = mods.take(*_ROUNDINGS) or "rn"
+    mods.done()
+    operand_count(ins, 1 + _ARITY[ins.opcode])
+    *narrow, last = ins.operands[1:]
+    gets = [machine.registers.source(ins, operand, kind) for operand in narrow]
+    get_last = machine.registers.source(ins, last, "f32")
+    put = machine.registers.target(ins, ins.operands[0], "f32")
+    compute = _compute(ins.opcode, "f32", rounding, False)
+    return lambda group: put(
+        group, compute(*(to_float(get(group), kind) for get in gets), get_last(group)))
 
 
 def _compute(name: str, kind: str, rounding: str, nan: bool):
