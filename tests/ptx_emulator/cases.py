@@ -32,12 +32,13 @@ class Outcome:
 
 @dataclass
 class Case:
-    """One kernel at one size; `text` replaces the fixture (for seeded faults)."""
+    """One kernel at one size; `known` are findings that this compiler output really has."""
 
     fixture: str
     sizes: dict[str, int] = field(default_factory=dict)
     tolerance: float = 0.006
     options: dict = field(default_factory=dict)
+    known: frozenset[str] = frozenset()
 
     def run(self, schedule: Schedule = Schedule(), text: str | None = None) -> Outcome:
         torch.manual_seed(0)
@@ -92,7 +93,7 @@ def _specialised(case: Case, parsed: Module, schedule: Schedule) -> Outcome:
     shared, threads, _ = _triton(case)
     M, N, K = (case.sizes[n] for n in "MNK")
     shapes = {"x": (M, K), "w": (N, K), "a": (16, K), "b": (N, 16), "y": (M, N)}
-    rows, columns, depth = (128, 128, 64) if case.fixture.endswith("90") else (64, 64, 32)
+    rows, columns, depth = 64, 64, 32
     boxes = {"x": (rows, depth), "w": (columns, depth), "a": (16, depth), "b": (columns, 16),
              "y": (rows, 64)}
     tensors = {n: _random(*shape) * (n != "y") for n, shape in shapes.items()}
@@ -261,7 +262,11 @@ def matrix_cases() -> list[Case]:
     cases = [Case(f"lora_{kind}_{c}", ragged) for kind, cs in (
         ("bf16", (80, 90, 100, 120)), ("fp16", (80, 90, 100)), ("fp32", (80, 90, 100))) for c in cs]
     cases += [Case(f"descriptor_bf16_{c}", ragged) for c in (80, 90, 100, 120)]
-    cases += [Case(f"specialised_bf16_{c}", {"M": 136, "N": 72, "K": 160}) for c in (90, 100, 120)]
+    # Triton 3.8 on sm_90: both consumer partitions store the same 64 x 64 tile (same values); on
+    # sm_100 the last commits may arrive at mbarriers that were invalidated meanwhile.
+    known = {90: frozenset({"global-race"}), 100: frozenset({"invalidated"}), 120: frozenset()}
+    cases += [Case(f"specialised_bf16_{c}", {"M": 136, "N": 72, "K": 160}, known=kinds)
+              for c, kinds in known.items()]
     cases += [Case("tile_gemm", {"M": 72, "N": 88, "K": k}) for k in (32, 40, 104, 136)]
     cases += [Case("hopper_gemm", {"M": 136, "N": 72, "K": k}) for k in (64, 200, 264)]
     return cases

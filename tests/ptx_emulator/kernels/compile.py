@@ -56,7 +56,7 @@ def _triton_kernels():
     for capability in (80, 90, 100, 120):
         yield f"descriptor_bf16_{capability}", k.descriptor_kernel, pointers, TILE, capability, 4, 3
     for capability, lora_term in ((90, True), (100, False), (120, False)):
-        m, n, k_ = (128, 128, 64) if lora_term else (64, 64, 32)
+        m, n, k_ = 64, 64, 32
         shapes = {"x": (m, k_), "w": (n, k_), "a": (16, k_), "b": (n, 16), "y": (m, n)}
         maps = {n: f"tensordesc<bf16[{h}, {w}]>" for n, (h, w) in shapes.items()} | {"K": "i32"}
         tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k_, "LORA": lora_term}
