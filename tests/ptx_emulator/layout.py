@@ -9,7 +9,7 @@ import numpy as np
 
 from .memory import SharedSpace
 from .syntax import Instruction, Kernel, Memory, Module, Symbol, Vector, type_bytes
-from .types import is_type
+from .ptx_types import is_type
 
 Dim = tuple[int, int, int]
 

@@ -223,6 +223,13 @@ class Machine:
             raise UnknownInstruction(ins, f"no variable {name}")
         return address
 
+    def check_running(self, slots: np.ndarray) -> None:
+        """Shared memory of a block may be used by others only while that block runs."""
+        for slot in np.unique(slots).tolist():
+            lanes = slice(slot * self.block_lanes, (slot + 1) * self.block_lanes)
+            if (self.status[lanes] == EXITED).all():
+                self.find("exited-block", "shared memory of a block that has exited", None)
+
     def flying_registers(self) -> set[str]:
         """Registers that asynchronous operations of some warp still own."""
         queues = self.warpgroups.queues.values()
@@ -469,8 +476,12 @@ class Machine:
         self.stop(kind, "no lane can run\n      " + "\n      ".join(parts[:12]), None)
 
     def _diverged(self, live: np.ndarray) -> bool:
-        """Lanes wait for others of their own warp, who wait somewhere else or have exited."""
-        return any("lanes of its warp" in self.why(int(lane)) for lane in live)
+        """Lanes of one warp wait for each other at different places."""
+        apart = [lane for lane in live.tolist() if "lanes of its warp" in self.why(lane)]
+        return any(
+            len({int(self.pc[lane]) for lane in apart if lane // 32 == warp}) > 1
+            for warp in {lane // 32 for lane in apart}
+        )
 
 
 _LANES = np.arange(32)

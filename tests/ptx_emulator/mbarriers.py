@@ -37,6 +37,7 @@ class TransactionBarriers:
         self.machine = machine
         self.objects: dict[int, Mbarrier] = {}
         self.columns: dict[int, int] = {}
+        self.init_fences: dict[int, int] = {}
         self.timed_out = np.zeros(machine.lane_count, bool)
         self.progress_at_timeout = -1
 
@@ -49,6 +50,11 @@ class TransactionBarriers:
         team, member = machine.team_and_member(lane)
         tick = int(machine.clocks.now[team, member])
         self.objects[at] = Mbarrier(count, count, self.column(at), (member, tick))
+
+    def fence_init(self, lanes: np.ndarray) -> None:
+        """fence.mbarrier_init: earlier inits become visible to the cluster."""
+        for lane, tick in zip(lanes.tolist(), self.machine.ticks(lanes).tolist(), strict=True):
+            self.init_fences[lane] = tick
 
     def column(self, at: int) -> int:
         """The clock column of asynchronous writes that signal this object."""
@@ -75,6 +81,12 @@ class TransactionBarriers:
             creator, tick = barrier.creator
             if creator != member and not machine.clocks.knows(team, member, creator, tick):
                 machine.find("race", "mbarrier used without synchronisation after its init", None)
+            lanes = machine.block_lanes
+            if creator // lanes != member // lanes:
+                fenced = self.init_fences.get(team * machine.team_lanes + creator, 0)
+                if fenced < tick:
+                    message = "mbarrier of another block without fence.mbarrier_init after its init"
+                    machine.find("missing-fence", message, None)
         return barrier
 
     def finish(self, team: int) -> None:

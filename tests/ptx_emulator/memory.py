@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .types import RAW
+from .ptx_types import RAW
 
 if TYPE_CHECKING:
     from .machine import Machine

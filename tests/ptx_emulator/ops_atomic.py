@@ -17,7 +17,7 @@ from .registers import Group, memory_operand
 from .report import UnknownInstruction
 from .rounding import from_float, to_float
 from .syntax import Instruction, type_bytes
-from .types import RAW, numpy_type
+from .ptx_types import RAW, numpy_type
 
 if TYPE_CHECKING:
     from .machine import Machine

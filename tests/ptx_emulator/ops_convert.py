@@ -12,7 +12,7 @@ from .ops_float import flush
 from .report import UnknownInstruction
 from .rounding import bf16_bits, f16_bits, round_to, to_float
 from .syntax import Instruction, type_bytes
-from .types import numpy_type
+from .ptx_types import numpy_type
 
 if TYPE_CHECKING:
     from .machine import Machine

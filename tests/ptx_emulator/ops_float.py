@@ -14,7 +14,7 @@ from .decode import Modifiers, Operation, opcode, operand_count
 from .report import UnknownInstruction
 from .rounding import from_float, round_f64_to_f32, to_float
 from .syntax import Instruction
-from .types import numpy_type
+from .ptx_types import numpy_type
 
 if TYPE_CHECKING:
     from .machine import Machine

@@ -10,7 +10,7 @@ from . import ops_float
 from .decode import Modifiers, Operation, opcode, operand_count
 from .report import UnknownInstruction
 from .syntax import Instruction, Pair, Vector, type_bytes
-from .types import RAW, is_signed, numpy_type
+from .ptx_types import RAW, is_signed, numpy_type
 
 if TYPE_CHECKING:
     from .machine import Machine

@@ -11,7 +11,7 @@ from .decode import Modifiers, Operation, opcode
 from .registers import memory_operand
 from .report import UnknownInstruction
 from .syntax import Instruction, type_bytes
-from .types import RAW, is_type, numpy_type
+from .ptx_types import RAW, is_type, numpy_type
 
 if TYPE_CHECKING:
     from .machine import Machine

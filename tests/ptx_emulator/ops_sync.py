@@ -185,7 +185,7 @@ def fence(machine: Machine, ins: Instruction) -> Operation:
         mods.need("release")
         mods.need("cluster")
         mods.done()
-        return lambda group: None
+        return lambda group: machine.mbarriers.fence_init(group.lanes)
     mods.take("sc", "acq_rel", "acquire", "release")
     mods.need(*SCOPES)
     mods.done()

@@ -294,10 +294,9 @@ def _store(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:
 def _wait(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:
     _collective(mods)
     mods.done()
-    if ins.modifiers[0] == "wait::st":
-        return lambda group: None
-    return lambda group: machine.tensor_memory.wait_loads(
-        np.unique(group.lanes // 32).tolist())
+    memory = machine.tensor_memory
+    done = memory.wait_stores if ins.modifiers[0] == "wait::st" else memory.wait_loads
+    return lambda group: done(np.unique(group.lanes // 32).tolist())
 
 
 def _fence(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:

@@ -20,7 +20,7 @@ from .ops_async import EngineWrite, bulk_load, bulk_store, constant, start_store
 from .registers import Group, memory_operand
 from .report import UnknownInstruction
 from .syntax import Instruction, Memory
-from .types import RAW
+from .ptx_types import RAW
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -139,7 +139,9 @@ def _multicast(machine: Machine, lane: int, at: int, mask: int) -> list[int]:
         machine.stop("multicast", f"mask {mask:#x} in a cluster of {size}", None)
     slot = at // stride
     first = slot // size * size
-    return [(first + rank - slot) * stride for rank in range(size) if mask >> rank & 1]
+    ranks = [rank for rank in range(size) if mask >> rank & 1]
+    machine.check_running(first + np.array(ranks))
+    return [(first + rank - slot) * stride for rank in ranks]
 
 
 def _start_load(machine: Machine, ins, lane: int, decoded, coordinates, at: int, barrier: int):

@@ -13,7 +13,7 @@ from .ops_sync import masked_gate
 from .registers import Group
 from .report import UnknownInstruction
 from .syntax import Imm, Instruction, Pair
-from .types import numpy_type
+from .ptx_types import numpy_type
 
 if TYPE_CHECKING:
     from .machine import Machine

@@ -13,7 +13,7 @@ import numpy as np
 
 from .report import UnknownInstruction
 from .syntax import Imm, Instruction, Memory, Reg, Sink, Symbol, Vector
-from .types import RAW, is_signed, numpy_type, type_bytes
+from .ptx_types import RAW, is_signed, numpy_type, type_bytes
 
 if TYPE_CHECKING:
     from .machine import Machine

@@ -42,6 +42,11 @@ class TensorMemory:
             if core is not None and core.allocator.allocated(0):
                 self.machine.find("leftover", "exit without tcgen05.dealloc", None)
 
+    def wait_stores(self, warps: list[int]) -> None:
+        per_block = self.machine.block_lanes // 32
+        for warp in warps:
+            self.core(warp // per_block).storing[warp % per_block] = False
+
     def wait_loads(self, warps: list[int]) -> None:
         for warp in warps:
             self.loading.pop(warp, None)
@@ -60,6 +65,7 @@ class _Core:
         self.multiplied = np.zeros(TMEM_COLUMNS, np.int64)
         self.touched = np.zeros((warps, TMEM_COLUMNS), np.int64)
         self.stored = np.zeros((warps, TMEM_COLUMNS), np.int64)
+        self.storing = np.zeros((warps, TMEM_COLUMNS), bool)
         self.last: Job | None = None
         self.tick = 0
 
@@ -97,6 +103,7 @@ class _Core:
         self.touched[warp, columns] = clocks.now[team, member]
         if store:
             self.stored[warp, columns] = clocks.now[team, member]
+            self.storing[warp, columns] = True
 
     # ---- the tensor core -------------------------------------------------------------------
 
@@ -105,6 +112,8 @@ class _Core:
         machine = self.machine
         self.check_owned(np.concatenate([columns_d, columns_a]))
         team, member = machine.team_and_member(lane)
+        if self.storing[:, np.concatenate([columns_d, columns_a])].any():
+            machine.find("in-flight", "tcgen05.st without tcgen05.wait::st before this", None)
         for stamps, columns in ((self.touched, columns_d), (self.stored, columns_a)):
             self._after_warps(team, member, stamps, columns)
         self.multiplied[columns_d] = self.tick
