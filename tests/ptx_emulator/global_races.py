@@ -108,7 +108,7 @@ class GlobalTracker:
             lost[lost] = ~same(lost)
             if lost.any():
                 message = "lanes of one instruction store different values to the same bytes"
-                self.machine.find("race", message, lost)
+                self.machine.find("global-race", message, lost)
 
     def _after_write(self, lanes, cells, strong, access: str, same: Same | None, engine) -> None:
         writer = self.writer[cells]

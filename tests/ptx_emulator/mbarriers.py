@@ -110,6 +110,10 @@ class TransactionBarriers:
         machine = self.machine
         barrier = self.get(int(lanes[0]), at)
         phase = barrier.phase
+        first = barrier.pending // count
+        if 0 < first < len(lanes):  # one after the other: the rest arrives in the next phase
+            self.arrive(lanes[:first], at, count, expect, release)
+            return self.arrive(lanes[first:], at, count, expect, release)
         if release:
             team = int(lanes[0]) // machine.team_lanes
             known = machine.clocks.release(team, lanes % machine.team_lanes)
