@@ -63,9 +63,12 @@ def main() -> int:
     failed = False
     for schedule in EVERY_SCHEDULE if options.every_schedule else (Schedule(),):
         report = run(
-            module, options.kernel, *(tuple(map(int, text.split(","))) for text in
-                                      (options.grid, options.block)),
-            [argument(text) for text in options.args], shared=options.shared, schedule=schedule,
+            module,
+            options.kernel,
+            *(tuple(map(int, text.split(","))) for text in (options.grid, options.block)),
+            [argument(text) for text in options.args],
+            shared=options.shared,
+            schedule=schedule,
             counters=True,
         )
         failed |= not report.ok

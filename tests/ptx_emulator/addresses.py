@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .instruction import Instruction, Memory, Reg, Symbol
 from .layout import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WINDOW_SIZE, symbol_space
 from .memory import Space
 from .registers import Group
 from .report import UnknownInstruction
-from .syntax import Instruction, Memory, Reg, Symbol
 
 if TYPE_CHECKING:
     from .machine import Machine

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .syntax import Instruction
+from .instruction import Instruction
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -64,7 +64,12 @@ class AsyncWork:
 
     def copy(self, lanes: np.ndarray, to: np.ndarray, data: np.ndarray) -> None:
         record = Copies(
-            self.machine.at, lanes, self.committed[lanes], to, data.shape[1], data,
+            self.machine.at,
+            lanes,
+            self.committed[lanes],
+            to,
+            data.shape[1],
+            data,
             np.ones(len(lanes), bool),
         )
         self.copies.append(record)

@@ -42,7 +42,7 @@ class BlockBarriers:
         order = machine.pc[group.lanes[0]]
         warp = group.lanes >> 5
         pcs = machine.pc.reshape(-1, 32)[warp]
-        live = (machine.status.reshape(-1, 32)[warp] != EXITED)
+        live = machine.status.reshape(-1, 32)[warp] != EXITED
         together = ((pcs == order) | ~live).all(axis=1)
         machine.block(group.lanes[~together], "the other lanes of its warp")
         here = np.unique(warp[together])

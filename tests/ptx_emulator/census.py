@@ -6,10 +6,11 @@ from collections import Counter
 from dataclasses import replace
 
 from .decode import build, build_gate
+from .instruction import Kernel
 from .launch import prepare
 from .program import gate_of, is_branch
 from .report import UnknownInstruction
-from .syntax import Kernel, Module
+from .syntax import Module
 
 
 def census(kernel: Kernel) -> Counter[str]:

@@ -94,7 +94,7 @@ class Clocks:
         self.fenced[team, members] = self.now[team, members]
         self.now[team, members] += 1
         if self.fence_view is None:
-            self.fence_view = np.zeros(self.known.shape[:2] + (self.lanes,), np.int32)
+            self.fence_view = np.zeros((*self.known.shape[:2], self.lanes), np.int32)
         self.fence_view[team, members] = self.known[team, members, : self.lanes]
 
     def crossed(self, team, lane, writer: np.ndarray, tick: np.ndarray) -> np.ndarray:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from .instruction import Instruction
 from .registers import Group
 from .report import UnknownInstruction
-from .syntax import Instruction
 
 if TYPE_CHECKING:
     from .machine import Machine

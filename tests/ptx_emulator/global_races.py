@@ -86,8 +86,15 @@ class GlobalTracker:
         for slot in (0, 1):
             reader = self.reader[slot, cells]
             if not strong and (reader >= 0).any():
-                self._check(lanes, cells, reader, self.read[slot, cells], "store not ordered after"
-                            " the load", self.read_at, same)
+                self._check(
+                    lanes,
+                    cells,
+                    reader,
+                    self.read[slot, cells],
+                    "store not ordered after the load",
+                    self.read_at,
+                    same,
+                )
         self.writer[cells] = self.machine.thread_ids(lanes)[:, None]
         self.written[cells] = NEVER if engine else self.machine.ticks(lanes)[:, None]
         self.by_engine[cells] = engine
@@ -97,8 +104,10 @@ class GlobalTracker:
     def landed(self, lane: int, cells: np.ndarray) -> None:
         """A bulk store of `lane` was waited for."""
         lanes = np.array([lane])
-        mine = cells[(self.writer[cells] == self.machine.thread_ids(lanes)[0])
-                     & (self.written[cells] == NEVER)]
+        mine = cells[
+            (self.writer[cells] == self.machine.thread_ids(lanes)[0])
+            & (self.written[cells] == NEVER)
+        ]
         self.written[mine] = self.machine.ticks(lanes)[0]
 
     def overlaps(self, lanes: np.ndarray, at: np.ndarray, size: int, same: Same) -> None:

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from . import Report, Schedule, Uninitialised, run
+from . import TOGETHER, Report, Schedule, Uninitialised, run
 
 _KINDS = {np.dtype("u1"): "b8", np.dtype("u2"): "b16", np.dtype("u4"): "b32", np.dtype("u8"): "b64"}
 
@@ -48,7 +48,9 @@ def evaluate(instruction: str, *inputs: np.ndarray, result: str) -> np.ndarray:
         if i < len(inputs):
             lines.append(f"ld.global.{_KINDS[np.dtype(f'u{size}')]} {register}, [%a{i}];")
     lines.append(re.sub(r"\$(\d)", lambda m: names[m[1]], instruction))
-    lines.append(f"st.global.{_KINDS[np.dtype(f'u{out.itemsize}')]} [%a{len(inputs)}], {names['0']};")
+    lines.append(
+        f"st.global.{_KINDS[np.dtype(f'u{out.itemsize}')]} [%a{len(inputs)}], {names['0']};"
+    )
     args = [*(raw(array) for array in arrays[:-1]), Uninitialised(raw(out))]
     run(kernel("\n".join(lines), len(arrays)), "k", 1, n, args).check()
     return out
@@ -65,7 +67,7 @@ def findings(
     grid: int = 1,
     shared: int = 0,
     cluster: int = 1,
-    schedule: Schedule = Schedule(),
+    schedule: Schedule = TOGETHER,
     declarations: str = ".extern .shared .align 16 .b8 smem[];",
 ) -> Report:
     text = kernel(body, len(args), declarations=declarations)

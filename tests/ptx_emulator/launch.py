@@ -11,10 +11,12 @@ import numpy as np
 from . import (  # noqa: F401  (every module registers its opcodes)
     ops_async,
     ops_atomic,
+    ops_bits,
     ops_convert,
     ops_float,
     ops_integer,
     ops_matrix,
+    ops_mbarrier,
     ops_memory,
     ops_sync,
     ops_tcgen05,
@@ -22,12 +24,13 @@ from . import (  # noqa: F401  (every module registers its opcodes)
     ops_warp,
     ops_wgmma,
 )
+from .instruction import Kernel
 from .layout import Layout, place_variables
 from .machine import Machine
 from .memory import GlobalSpace
 from .report import Report
-from .schedule import Schedule
-from .syntax import Kernel, Module, parse
+from .schedule import TOGETHER, Schedule
+from .syntax import Module, parse
 
 MAX_RESIDENT = 64
 
@@ -54,8 +57,16 @@ class TensorMap:
 
     `shape` and `box` are given outermost first, as torch would print them."""
 
-    def __init__(self, array: np.ndarray, kind: str, shape, box, swizzle: int, strides=None,
-                 nan_fill: bool = False) -> None:
+    def __init__(
+        self,
+        array: np.ndarray,
+        kind: str,
+        shape,
+        box,
+        swizzle: int,
+        strides=None,
+        nan_fill: bool = False,
+    ) -> None:
         self.array, self.kind, self.shape, self.box = array, kind, tuple(shape), tuple(box)
         self.swizzle, self.nan_fill = swizzle, nan_fill
         size = array.itemsize
@@ -67,17 +78,19 @@ class TensorMap:
         from . import tensor_map
         from .layouts import Swizzle
 
-        return bytes(tensor_map.encode_tiled(
-            element_type=self.kind,
-            global_address=address,
-            global_dim=self.shape[::-1],
-            global_stride=self.strides[:-1][::-1],
-            box_dim=self.box[::-1],
-            element_stride=(1,) * len(self.shape),
-            interleave=0,
-            swizzle=Swizzle(self.swizzle),
-            nan_fill=self.nan_fill,
-        ))
+        return bytes(
+            tensor_map.encode_tiled(
+                element_type=self.kind,
+                global_address=address,
+                global_dim=self.shape[::-1],
+                global_stride=self.strides[:-1][::-1],
+                box_dim=self.box[::-1],
+                element_stride=(1,) * len(self.shape),
+                interleave=0,
+                swizzle=Swizzle(self.swizzle),
+                nan_fill=self.nan_fill,
+            )
+        )
 
 
 class _Buffers:
@@ -121,10 +134,18 @@ def _scalar(value, size: int) -> bytes:
     return (int(value) % (1 << 8 * size)).to_bytes(size, "little")
 
 
-def prepare(ptx: str | Module, kernel: str | Kernel, grid, block, args: Sequence = (), *,
-            cluster=1, shared: int = 0) -> Machine:
+def prepare(
+    ptx: str | Module,
+    kernel: str | Kernel,
+    grid,
+    block,
+    args: Sequence = (),
+    *,
+    cluster=1,
+    shared: int = 0,
+) -> Machine:
     """A machine that is ready to build instructions but has not built any."""
-    return _prepare(ptx, kernel, grid, block, args, cluster, shared, 1, Schedule(), False)[0]
+    return _prepare(ptx, kernel, grid, block, args, cluster, shared, 1, TOGETHER, False)[0]
 
 
 def _prepare(ptx, kernel, grid, block, args, cluster, shared, resident, schedule, counters):
@@ -140,12 +161,20 @@ def _prepare(ptx, kernel, grid, block, args, cluster, shared, resident, schedule
     _check_directives(parsed, layout)
     machine = Machine(module, parsed, layout, variables, schedule, counters)
     for i, array in enumerate(buffers.arrays):
-        _fill(machine.memory, i, array.view(np.uint8).reshape(-1) if array.size else array,
-              buffers.initialised[i])
+        _fill(
+            machine.memory,
+            i,
+            array.view(np.uint8).reshape(-1) if array.size else array,
+            buffers.initialised[i],
+        )
     for i, name, data in variables.global_data:
         variables.addresses[name] = machine.memory.starts[i] + GlobalSpace.base
-        _fill(machine.memory, i, np.frombuffer(
-            data.ljust(variables.global_sizes[i], b"\0"), np.uint8), True)
+        _fill(
+            machine.memory,
+            i,
+            np.frombuffer(data.ljust(variables.global_sizes[i], b"\0"), np.uint8),
+            True,
+        )
     _write_params(machine, parsed, args, buffers)
     return machine, buffers
 
@@ -160,7 +189,7 @@ def run(
     cluster=1,
     shared: int = 0,
     resident: int = MAX_RESIDENT,
-    schedule: Schedule = Schedule(),
+    schedule: Schedule = TOGETHER,
     counters: bool = False,
 ) -> Report:
     """Execute a kernel and return what was found; output arrays are updated in place.
@@ -221,8 +250,9 @@ def _write_params(machine: Machine, kernel: Kernel, args: Sequence, buffers: _Bu
     ):
         data = encode(arg, variable.size)
         if len(data) > variable.size:
-            raise ValueError(f"argument of {len(data)} bytes for {variable.name}"
-                             f" ({variable.size} bytes)")
+            raise ValueError(
+                f"argument of {len(data)} bytes for {variable.name} ({variable.size} bytes)"
+            )
         machine.params.data[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
         machine.params.allocate(offset, variable.size, True)
 

@@ -7,9 +7,10 @@ from math import prod
 
 import numpy as np
 
+from .instruction import Instruction, Kernel, Memory, Symbol, Vector, type_bytes
 from .memory import SharedSpace
-from .syntax import Instruction, Kernel, Memory, Module, Symbol, Vector, type_bytes
 from .ptx_types import is_type
+from .syntax import Module
 
 Dim = tuple[int, int, int]
 
@@ -34,9 +35,7 @@ class Layout:
             raise ValueError(f"grid {self.grid} is not a multiple of the cluster {self.cluster}")
         self.threads = prod(self.block)
         self.cluster_size = prod(self.cluster)
-        self.cluster_grid = tuple(
-            g // c for g, c in zip(self.grid, self.cluster, strict=True)
-        )
+        self.cluster_grid = tuple(g // c for g, c in zip(self.grid, self.cluster, strict=True))
         self.clusters = prod(self.cluster_grid)
         self.block_lanes = (self.threads + 31) // 32 * 32
         self.team_lanes = self.block_lanes * self.cluster_size

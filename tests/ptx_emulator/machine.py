@@ -14,17 +14,20 @@ from . import decode
 from .async_work import AsyncWork
 from .barriers import BlockBarriers, ClusterBarriers
 from .clocks import Clocks
+from .code import Code
+from .deadlock import report_deadlock
 from .global_races import GlobalTracker
+from .instruction import Instruction, Kernel
 from .layout import Layout, Variables, access_granule
 from .mbarriers import TransactionBarriers
 from .memory import GlobalSpace, SharedSpace, Space
-from .program import Program, is_branch
+from .program import Program
 from .races import SharedTracker
 from .registers import Group, RegisterFile
 from .report import EmulationStopped, Finding, Report, UnknownInstruction
 from .schedule import Picker, Schedule
 from .special import SpecialRegisters
-from .syntax import Instruction, Kernel, Module
+from .syntax import Module
 from .tensor_memory import TensorMemory
 from .traffic import Traffic
 from .warpgroups import WarpgroupQueues
@@ -90,58 +93,15 @@ class Machine:
         self.flying: set[str] = set()
         self.queue = deque(range(layout.clusters))
         self.traffic = Traffic(self)
-        self.gather_warps = self._gathering(32)
-
-    # ---- building --------------------------------------------------------------------------
+        self.gather_warps = self.gathering(32)
 
     def build(self) -> None:
-        self.bodies: list[list[tuple]] = []
-        self.gates: list[decode.Operation | None] = []
-        self.gate_guards: list = []
-        self.ends: list[tuple] = []
-        for block in self.program.blocks:
-            body = block.instructions
-            branch = is_branch(block.end)
-            self.bodies.append(
-                [(ins, decode.build(self, ins), self._guard(ins))
-                 for ins in (body[:-1] if branch else body)]
-            )
-            gate = None
-            if block.gate == "self":
-                gate = decode.build_gate(self, body[0])
-            elif block.gate:
-                gate = self._gathering(128 if block.gate == "warpgroup" else 32)
-            self.gates.append(gate)
-            self.gate_guards.append(self._guard(body[0]))
-            self.ends.append(self._end(block) if branch else (None, None, None))
+        """Turn the instructions into closures; parameters and addresses are known by now."""
+        self.code = Code(self)
 
-    def _guard(self, ins: Instruction):
-        return self.registers.source(ins, ins.guard, "pred") if ins.guard else None
+    # ---- lanes -----------------------------------------------------------------------------
 
-    def _end(self, block) -> tuple:
-        end = block.end
-        if end.opcode == "bra":
-            if set(end.modifiers) - {"uni"}:
-                raise UnknownInstruction(end)
-            target = self.program.target(end.operands[0].name)
-            return end, self._guard(end), lambda group: target
-        if end.opcode == "brx":
-            if end.modifiers not in (("idx",), ("idx", "uni")):
-                raise UnknownInstruction(end)
-            labels = self.kernel.tables[end.operands[1].name]
-            table = np.array([self.program.target(label) for label in labels], np.int32)
-            index = self.registers.source(end, end.operands[0], "u32")
-            return end, self._guard(end), lambda group: table[index(group)]
-        if end.modifiers not in ((), ("uni",)):
-            raise UnknownInstruction(end)
-        if end.opcode == "trap":
-            return end, self._guard(end), self._trap
-        return end, self._guard(end), None
-
-    def _trap(self, group: Group) -> None:
-        self.stop("trap", "the kernel executed trap", None)
-
-    def _gathering(self, size: int) -> decode.Operation:
+    def gathering(self, size: int) -> decode.Operation:
         """Lanes wait until all live lanes of their warp (warpgroup) are here."""
 
         def wait(group: Group) -> None:
@@ -150,14 +110,12 @@ class Machine:
             pcs = self.pc.reshape(-1, size)[teams]
             live = self.status.reshape(-1, size)[teams] != EXITED
             complete = ((pcs == order) | ~live).all(axis=1)
-            lanes = (teams[:, None] * size + np.arange(size))
+            lanes = teams[:, None] * size + np.arange(size)
             self.release(lanes[complete][live[complete]])
             rest = group.lanes[~np.isin(group.lanes // size, teams[complete])]
             self.block(rest, "the other lanes of its " + ("warp" if size == 32 else "warpgroup"))
 
         return wait
-
-    # ---- lanes -----------------------------------------------------------------------------
 
     def release(self, lanes: np.ndarray) -> None:
         """The lanes may pass the gate they stand before."""
@@ -280,7 +238,7 @@ class Machine:
                         seen, stalled = self.progress, 0
                     stalled += 1
                     if not self._unstick(stalled):
-                        self._deadlock()
+                        report_deadlock(self)
                 self.async_work.check_left()
         except EmulationStopped:
             pass
@@ -315,7 +273,7 @@ class Machine:
     def _advance(self, order: int, group: Group, alone: bool) -> None:
         """Run `group` from block `order` until it splits, waits or may meet others."""
         while True:
-            gate = self.gates[order]
+            gate = self.code.gates[order]
             if gate is not None and not self._pass(order, group, gate):
                 return
             self._execute(order, group)
@@ -334,7 +292,7 @@ class Machine:
         waiting = group.where(~through)
         self.at = self.program.blocks[order].instructions[0]
         self.group = waiting
-        guard = self.gate_guards[order]
+        guard = self.code.gate_guards[order]
         if guard is not None:
             active = guard(waiting)
             if not active.all():
@@ -348,7 +306,7 @@ class Machine:
     def _execute(self, order: int, group: Group) -> None:
         self.report.steps += 1
         self.group = group
-        for ins, operation, guard in self.bodies[order]:
+        for ins, operation, guard in self.code.bodies[order]:
             self.at = ins
             if self.flying:
                 self.warpgroups.check_registers(ins, group)
@@ -373,7 +331,7 @@ class Machine:
 
     def _leave(self, order: int, group: Group) -> int | None:
         """Move the lanes to their next blocks; the next block if all go the same way."""
-        end, guard, target = self.ends[order]
+        end, guard, target = self.code.ends[order]
         following = self.program.following[order]
         if end is None:
             return self._go(group, following)
@@ -455,33 +413,6 @@ class Machine:
             self.yielded[:] = False
             return stalled < _STALL_ROUNDS
         return self.mbarriers.time_out() if stalled <= 2 else False
-
-    def _deadlock(self) -> None:
-        self.group = None
-        live = np.nonzero(self.status != EXITED)[0]
-        states: dict[tuple, list[int]] = {}
-        for lane in live.tolist():
-            place = lane // self.block_lanes, int(self.pc[lane]), self.why(lane)
-            states.setdefault(place, []).append(lane)
-        parts = []
-        for (slot, order, why), lanes in states.items():
-            ins = self.program.blocks[order].instructions[0]
-            inside = sorted({lane % self.block_lanes // 32 for lane in lanes})
-            parts.append(
-                f"block {int(self.layout.lane_block[slot * self.block_lanes])}: {len(lanes)} lanes"
-                f" of warps {inside} at line {ins.line} {ins.source} ({ins.text}) wait for {why}"
-            )
-        self.at = self.program.blocks[int(self.pc[live[0]])].instructions[0]
-        kind = "divergence" if self._diverged(live) else "deadlock"
-        self.stop(kind, "no lane can run\n      " + "\n      ".join(parts[:12]), None)
-
-    def _diverged(self, live: np.ndarray) -> bool:
-        """Lanes of one warp wait for each other at different places."""
-        apart = [lane for lane in live.tolist() if "lanes of its warp" in self.why(lane)]
-        return any(
-            len({int(self.pc[lane]) for lane in apart if lane // 32 == warp}) > 1
-            for warp in {lane // 32 for lane in apart}
-        )
 
 
 _LANES = np.arange(32)

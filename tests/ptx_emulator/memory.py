@@ -24,8 +24,7 @@ _READABLE = {
     for size, raw in RAW.items()
 }
 _WRITABLE = {
-    size: raw.type(int.from_bytes(bytes([ALLOCATED]) * size, "little"))
-    for size, raw in RAW.items()
+    size: raw.type(int.from_bytes(bytes([ALLOCATED]) * size, "little")) for size, raw in RAW.items()
 }
 
 
@@ -110,7 +109,9 @@ class Space:
             self._stop("out-of-bounds", f"{size}-byte load outside", at, _rows(outside))
         rows = _rows(bad)
         where = self.describe(int(at[rows][0]))
-        self.machine.find("uninitialised", f"{size}-byte load of bytes never written, {where}", rows)
+        self.machine.find(
+            "uninitialised", f"{size}-byte load of bytes never written, {where}", rows
+        )
 
     def _stop(self, kind: str, what: str, at: np.ndarray, bad: np.ndarray) -> None:
         where = self.describe(int(at[bad][0]))

@@ -26,8 +26,14 @@ class OperandTile:
     """One operand of one matrix instruction: A or B in the shared memory of a block."""
 
     def __init__(
-        self, machine: Machine, slot: int, descriptor: SmemDescriptor, rows: int, k: int,
-        kind: str, mn_major: bool,
+        self,
+        machine: Machine,
+        slot: int,
+        descriptor: SmemDescriptor,
+        rows: int,
+        k: int,
+        kind: str,
+        mn_major: bool,
     ) -> None:
         self.machine = machine
         shift = machine.shared_races.shift

@@ -9,9 +9,9 @@ import numpy as np
 from .addresses import Resolver
 from .async_work import Job
 from .decode import Modifiers, Operation, opcode, operand_count
+from .instruction import Imm, Instruction
 from .registers import Group, memory_operand
 from .report import UnknownInstruction
-from .syntax import Imm, Instruction
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -94,7 +94,8 @@ def _read(machine, group: Group, origin, data: np.ndarray, rows: np.ndarray, n: 
         values = machine.memory.load(at, n, unit)
     else:
         values = np.concatenate(
-            [machine.memory.load(at + i, unit, unit) for i in range(0, n, unit)], axis=1)
+            [machine.memory.load(at + i, unit, unit) for i in range(0, n, unit)], axis=1
+        )
     data[rows, :n] = np.ascontiguousarray(values).view(np.uint8)
     machine.races.load(group.lanes[rows], at, n if n in (1, 2, 4, 8, 16) else unit)
     if machine.counters is not None:
@@ -133,8 +134,14 @@ def bulk_load(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:
 
     def run(group: Group) -> None:
         sizes = np.broadcast_to(size(group), group.n)
-        rows = zip(group.lanes.tolist(), to(group)[1].tolist(), source(group)[1].tolist(),
-                   sizes.tolist(), signal(group)[1].tolist(), strict=True)
+        rows = zip(
+            group.lanes.tolist(),
+            to(group)[1].tolist(),
+            source(group)[1].tolist(),
+            sizes.tolist(),
+            signal(group)[1].tolist(),
+            strict=True,
+        )
         for lane, at, origin, n, barrier in rows:
             _start_load(machine, ins, lane, at, origin, n, barrier)
 
@@ -178,13 +185,24 @@ def bulk_store(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation
 
     def run(group: Group) -> None:
         sizes = np.broadcast_to(size(group), group.n)
-        rows = zip(group.lanes.tolist(), to(group)[1].tolist(), source(group)[1].tolist(),
-                   sizes.tolist(), strict=True)
+        rows = zip(
+            group.lanes.tolist(),
+            to(group)[1].tolist(),
+            source(group)[1].tolist(),
+            sizes.tolist(),
+            strict=True,
+        )
         for lane, at, origin, n in rows:
             check_bulk(machine, at, origin, n)
             pieces = _chunks(at, n)
             start_store(
-                machine, ins, lane, pieces, 16, origin, n,
+                machine,
+                ins,
+                lane,
+                pieces,
+                16,
+                origin,
+                n,
                 lambda origin=origin, n=n: machine.shared.load(_chunks(origin, n), 16, 8),
                 machine.memory.store,
             )
@@ -192,8 +210,17 @@ def bulk_store(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation
     return run
 
 
-def start_store(machine: Machine, ins, lane: int, pieces: np.ndarray, unit: int, origin: int,
-                size: int, read, write) -> None:
+def start_store(
+    machine: Machine,
+    ins,
+    lane: int,
+    pieces: np.ndarray,
+    unit: int,
+    origin: int,
+    size: int,
+    read,
+    write,
+) -> None:
     """A bulk store of shared bytes [origin, origin + size) to global `pieces` of `unit` bytes."""
     team, member = machine.team_and_member(lane)
     races, clocks = machine.shared_races, machine.clocks

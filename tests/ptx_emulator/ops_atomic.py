@@ -12,12 +12,12 @@ import numpy as np
 
 from .addresses import Resolver
 from .decode import Modifiers, Operation, opcode, operand_count
+from .instruction import Instruction, type_bytes
 from .ops_memory import SCOPES, SPACES
+from .ptx_types import RAW, numpy_type
 from .registers import Group, memory_operand
 from .report import UnknownInstruction
 from .rounding import from_float, to_float
-from .syntax import Instruction, type_bytes
-from .ptx_types import RAW, numpy_type
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -26,9 +26,13 @@ _ALLOWED = {
     "add": ("u32", "s32", "u64", "f32", "f64", "f16", "bf16", "f16x2", "bf16x2"),
     "min": ("u32", "s32", "u64", "s64", "f16", "bf16", "f16x2", "bf16x2"),
     "max": ("u32", "s32", "u64", "s64", "f16", "bf16", "f16x2", "bf16x2"),
-    "inc": ("u32",), "dec": ("u32",),
-    "and": ("b32", "b64"), "or": ("b32", "b64"), "xor": ("b32", "b64"),
-    "exch": ("b32", "b64"), "cas": ("b16", "b32", "b64"),
+    "inc": ("u32",),
+    "dec": ("u32",),
+    "and": ("b32", "b64"),
+    "or": ("b32", "b64"),
+    "xor": ("b32", "b64"),
+    "exch": ("b32", "b64"),
+    "cas": ("b16", "b32", "b64"),
 }
 _FLOATS = ("f16", "bf16", "f16x2", "bf16x2")
 
@@ -37,17 +41,23 @@ def _new_value(name: str, kind: str):
     """f(old, b[, c]) for arrays of the numpy type of `kind`."""
     if name == "add" and kind in _FLOATS:
         return lambda old, b: from_float(
-            to_float(old, kind).astype(np.float64) + to_float(b, kind).astype(np.float64), kind)
+            to_float(old, kind).astype(np.float64) + to_float(b, kind).astype(np.float64), kind
+        )
     if name in ("min", "max") and kind in _FLOATS:
         pick = np.fmin if name == "min" else np.fmax
         return lambda old, b: from_float(pick(to_float(old, kind), to_float(b, kind)), kind)
     return {
-        "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and,
-        "or": np.bitwise_or, "xor": np.bitwise_xor,
+        "add": np.add,
+        "min": np.minimum,
+        "max": np.maximum,
+        "and": np.bitwise_and,
+        "or": np.bitwise_or,
+        "xor": np.bitwise_xor,
         "exch": lambda old, b: b,
         "inc": lambda old, b: np.where(old >= b, 0, old + np.uint32(1)).astype(np.uint32),
         "dec": lambda old, b: np.where((old == 0) | (old > b), b, old - np.uint32(1)).astype(
-            np.uint32),
+            np.uint32
+        ),
         "cas": lambda old, b, c: np.where(old == b, c, old).astype(old.dtype),
     }[name]
 

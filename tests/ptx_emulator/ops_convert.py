@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .decode import Modifiers, Operation, opcode, operand_count
+from .instruction import Instruction, type_bytes
 from .layout import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW
 from .ops_float import flush
+from .ptx_types import numpy_type
 from .report import UnknownInstruction
 from .rounding import bf16_bits, f16_bits, round_to, to_float
-from .syntax import Instruction, type_bytes
-from .ptx_types import numpy_type
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -63,7 +63,8 @@ def _conversion(ins: Instruction, source: str, target: str, rounding: str, optio
         if source != target:
             raise UnknownInstruction(ins)
         return lambda value: _finish(
-            _TO_INTEGER[rounding](_widened(value, source)), target, "rn", options)
+            _TO_INTEGER[rounding](_widened(value, source)), target, "rn", options
+        )
     if type_bytes(target) < type_bytes(source) and not rounding:
         raise UnknownInstruction(ins, "narrowing needs a rounding")
     return lambda value: _finish(_widened(value, source), target, rounding or "rn", options)
@@ -149,6 +150,7 @@ def _pack(machine: Machine, ins: Instruction, half: str, source: str, rounding: 
     if rounding == "rn" and not options:
         bits = bf16_bits if half == "bf16" else f16_bits
     else:
+
         def bits(value: np.ndarray) -> np.ndarray:
             return _finish(value.astype(np.float64), half, rounding, options).view(np.uint16)
 
@@ -159,8 +161,13 @@ def _pack(machine: Machine, ins: Instruction, half: str, source: str, rounding: 
     return run
 
 
-_WINDOWS = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW,
-            "global": 0, "const": 0}
+_WINDOWS = {
+    "shared": SHARED_WINDOW,
+    "local": LOCAL_WINDOW,
+    "param": PARAM_WINDOW,
+    "global": 0,
+    "const": 0,
+}
 
 
 @opcode("cvta")

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .decode import Modifiers, Operation, opcode, operand_count
+from .instruction import Instruction
+from .ptx_types import numpy_type
 from .report import UnknownInstruction
 from .rounding import from_float, round_f64_to_f32, to_float
-from .syntax import Instruction
-from .ptx_types import numpy_type
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -53,8 +53,11 @@ def _minmax(name: str, nan: bool):
 def _exact(name: str):
     """The operation on float64 operands: exact for products, for sums rounded to odd enough."""
     return {
-        "add": np.add, "sub": np.subtract, "mul": np.multiply,
-        "abs": np.abs, "neg": np.negative,
+        "add": np.add,
+        "sub": np.subtract,
+        "mul": np.multiply,
+        "abs": np.abs,
+        "neg": np.negative,
     }.get(name)
 
 
@@ -122,7 +125,8 @@ def _mixed(machine: Machine, ins: Instruction, mods: Modifiers, kind: str) -> Op
     put = machine.registers.target(ins, ins.operands[0], "f32")
     compute = _compute(ins.opcode, "f32", rounding, False)
     return lambda group: put(
-        group, compute(*(to_float(get(group), kind) for get in gets), get_last(group)))
+        group, compute(*(to_float(get(group), kind) for get in gets), get_last(group))
+    )
 
 
 def _compute(name: str, kind: str, rounding: str, nan: bool):
@@ -133,8 +137,9 @@ def _compute(name: str, kind: str, rounding: str, nan: bool):
             return _fused_f64
         return _exact(name)
     if name in ("fma", "mad"):
-        return lambda a, b, c: round_f64_to_f32(_fused(a, b, c), rounding) if kind[0:2] == "f3" \
-            else _fused(a, b, c)
+        return lambda a, b, c: (
+            round_f64_to_f32(_fused(a, b, c), rounding) if kind[0:2] == "f3" else _fused(a, b, c)
+        )
     operation = _exact(name)
     if rounding == "rn" and kind in ("f32", "f32x2"):
         return operation
@@ -143,10 +148,12 @@ def _compute(name: str, kind: str, rounding: str, nan: bool):
     if kind in ("f32", "f32x2"):
         if name == "mul":
             return lambda a, b: round_f64_to_f32(
-                a.astype(np.float64) * b.astype(np.float64), rounding)
+                a.astype(np.float64) * b.astype(np.float64), rounding
+            )
         sign = -1 if name == "sub" else 1
         return lambda a, b: round_f64_to_f32(
-            sum_to_odd(a.astype(np.float64), sign * b.astype(np.float64)), rounding)
+            sum_to_odd(a.astype(np.float64), sign * b.astype(np.float64)), rounding
+        )
     return lambda *values: operation(*(value.astype(np.float64) for value in values))
 
 
@@ -204,8 +211,11 @@ _UNARY = {
 def unary(machine: Machine, ins: Instruction) -> Operation:
     mods = Modifiers(ins)
     kind = mods.last()
-    allowed = ("f32", "f16", "bf16", "f16x2", "bf16x2") if ins.opcode in ("ex2", "tanh") else (
-        "f32", "f64")
+    allowed = (
+        ("f32", "f16", "bf16", "f16x2", "bf16x2")
+        if ins.opcode in ("ex2", "tanh")
+        else ("f32", "f64")
+    )
     if kind not in allowed:
         raise UnknownInstruction(ins, f"type .{kind}")
     mods.need("approx", *(("rn",) if ins.opcode in ("rcp", "sqrt") else ()))
@@ -228,8 +238,12 @@ def unary(machine: Machine, ins: Instruction) -> Operation:
 
 
 _ORDERED = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less,
-    "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
 }
 
 

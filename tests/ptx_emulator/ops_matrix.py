@@ -9,9 +9,9 @@ import numpy as np
 from . import mma
 from .addresses import Resolver
 from .decode import Modifiers, Operation, opcode, operand_count
+from .instruction import Instruction
 from .registers import Group, memory_operand
 from .report import UnknownInstruction
-from .syntax import Instruction
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -26,8 +26,11 @@ _SHAPES = {
 def whole_warps(machine: Machine, group: Group, size: int = 32) -> int:
     """The number of warps (warpgroups); all of their lanes must be there."""
     first = group.lanes[::size]
-    if group.n % size or (first % size).any() or (group.lanes[size - 1 :: size] - first
-                                                  != size - 1).any():
+    if (
+        group.n % size
+        or (first % size).any()
+        or (group.lanes[size - 1 :: size] - first != size - 1).any()
+    ):
         machine.stop("divergence", f"not all {size} lanes execute this instruction", None)
     return group.n // size
 

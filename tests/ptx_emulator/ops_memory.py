@@ -8,10 +8,10 @@ import numpy as np
 
 from .addresses import Resolver
 from .decode import Modifiers, Operation, opcode
+from .instruction import Instruction, type_bytes
+from .ptx_types import RAW, is_type, numpy_type
 from .registers import memory_operand
 from .report import UnknownInstruction
-from .syntax import Instruction, type_bytes
-from .ptx_types import RAW, is_type, numpy_type
 
 if TYPE_CHECKING:
     from .machine import Machine

@@ -10,6 +10,7 @@ from . import tcgen05 as model
 from .addresses import Resolver, address_source
 from .async_work import Job
 from .decode import Modifiers, Operation, gate, opcode, operand_count
+from .instruction import Instruction, Memory
 from .layouts import element_bytes
 from .operand_tiles import OperandTile
 from .ops_async import constant
@@ -18,7 +19,6 @@ from .ops_memory import write
 from .program import registers_in
 from .registers import Group, memory_operand
 from .report import UnknownInstruction
-from .syntax import Instruction, Memory
 from .tensor_memory import legal
 
 if TYPE_CHECKING:
@@ -30,10 +30,17 @@ def tcgen05(machine: Machine, ins: Instruction) -> Operation:
     mods = Modifiers(ins)
     action = mods.left.pop(0)
     builders = {
-        "alloc": _alloc, "dealloc": _dealloc, "relinquish_alloc_permit": _relinquish,
-        "mma": _mma, "commit": _commit, "ld": _load, "st": _store,
-        "wait::ld": _wait, "wait::st": _wait,
-        "fence::before_thread_sync": _fence, "fence::after_thread_sync": _fence,
+        "alloc": _alloc,
+        "dealloc": _dealloc,
+        "relinquish_alloc_permit": _relinquish,
+        "mma": _mma,
+        "commit": _commit,
+        "ld": _load,
+        "st": _store,
+        "wait::ld": _wait,
+        "wait::st": _wait,
+        "fence::before_thread_sync": _fence,
+        "fence::after_thread_sync": _fence,
     }
     if action not in builders:
         raise UnknownInstruction(ins)
@@ -48,9 +55,7 @@ def _collective(mods: Modifiers) -> None:
 def _slots(machine: Machine, group: Group) -> list[tuple[int, int]]:
     """(slot, warp in its block) of every warp of the group."""
     whole_warps(machine, group)
-    return [
-        divmod(int(lane) // 32, machine.block_lanes // 32) for lane in group.lanes[::32]
-    ]
+    return [divmod(int(lane) // 32, machine.block_lanes // 32) for lane in group.lanes[::32]]
 
 
 # ---- allocation ----------------------------------------------------------------------------
@@ -244,8 +249,7 @@ class _AccessForm:
         offset = constant(ins, position + 1) if split and position == 0 else 0
         if split and position == 1:
             offset = constant(ins, 2)
-        self.lane, self.column = legal(
-            machine, model.load_table, self.shape, self.number, offset)
+        self.lane, self.column = legal(machine, model.load_table, self.shape, self.number, offset)
         self.address = address_source(machine, ins, memory_operand(ins, position))
 
     def cells(self, machine: Machine, group: Group):
@@ -257,7 +261,13 @@ class _AccessForm:
                 machine.stop("divergence", "tensor memory addresses differ within a warp", None)
             legal(machine, model.check_warp_access, warp, int(mine[0]), self.shape)
             lane, column = model.split_address(int(mine[0]))
-            yield row, machine.tensor_memory.core(slot), warp, self.lane + lane, self.column + column
+            yield (
+                row,
+                machine.tensor_memory.core(slot),
+                warp,
+                self.lane + lane,
+                self.column + column,
+            )
 
 
 def _load(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:

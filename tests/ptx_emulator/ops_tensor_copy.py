@@ -15,12 +15,12 @@ from . import bulk_reduce, tensor_map
 from .addresses import Resolver
 from .async_work import Job
 from .decode import Modifiers, Operation, opcode, operand_count
+from .instruction import Instruction, Memory
 from .layouts import IllegalOperand
 from .ops_async import EngineWrite, bulk_load, bulk_store, constant, start_store
+from .ptx_types import RAW
 from .registers import Group, memory_operand
 from .report import UnknownInstruction
-from .syntax import Instruction, Memory
-from .ptx_types import RAW
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -83,8 +83,9 @@ class TensorOperand:
         space.check(np.arange(offset, offset + 128, 8), 8, "load")
         decoded = self._decoded(space.data[offset : offset + 128].tobytes())
         if decoded.rank != self.rank:
-            self.machine.stop("tensor-map", f"map of rank {decoded.rank} in a {self.rank}d copy",
-                              None)
+            self.machine.stop(
+                "tensor-map", f"map of rank {decoded.rank} in a {self.rank}d copy", None
+            )
         return decoded
 
     def _decoded(self, raw: bytes) -> tensor_map.TensorMap:

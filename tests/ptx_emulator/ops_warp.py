@@ -8,12 +8,12 @@ import numpy as np
 
 from .addresses import RANK_SHIFT
 from .decode import Modifiers, Operation, gate, opcode, operand_count
+from .instruction import Imm, Instruction, Pair
 from .layout import SHARED_WINDOW
 from .ops_sync import masked_gate
+from .ptx_types import numpy_type
 from .registers import Group
 from .report import UnknownInstruction
-from .syntax import Imm, Instruction, Pair
-from .ptx_types import numpy_type
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -153,8 +153,11 @@ def reduce_across(machine: Machine, ins: Instruction) -> Operation:
     operand_count(ins, 3)
     logical = name in ("and", "or", "xor")
     allowed = ("b32",) if logical else ("u32", "s32", "f32")
-    if kind not in allowed or (kind == "f32" and name == "add") or (kind != "f32" and (
-            absolute or nan)):
+    if (
+        kind not in allowed
+        or (kind == "f32" and name == "add")
+        or (kind != "f32" and (absolute or nan))
+    ):
         raise UnknownInstruction(ins)
     ufunc = {"add": np.add, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
     if kind == "f32":

@@ -14,6 +14,7 @@ import numpy as np
 from . import wgmma as model
 from .async_work import Job
 from .decode import Modifiers, Operation, opcode, operand_count
+from .instruction import Instruction, Vector
 from .layouts import IllegalOperand
 from .operand_tiles import OperandTile
 from .ops_async import constant
@@ -21,7 +22,6 @@ from .ops_matrix import whole_warps
 from .program import registers_in
 from .registers import Group
 from .report import UnknownInstruction
-from .syntax import Instruction, Vector
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -72,14 +72,20 @@ class _Form:
         self.get = registers.sources(ins, d, "b32")
         self.get_unchecked = self._unchecked(machine, ins, d)
         self.put = registers.targets(ins, d, "b32")
-        self.a = registers.sources(ins, a, "b32") if self.in_registers else registers.source(
-            ins, a, "b64")
+        self.a = (
+            registers.sources(ins, a, "b32")
+            if self.in_registers
+            else registers.source(ins, a, "b64")
+        )
         self.b = registers.source(ins, b, "b64")
         self.scale_d = registers.source(ins, scale_d, "pred")
         values = [constant(ins, len(ins.operands) - len(flags) + i) for i in range(len(flags))]
         self.scale_a, self.scale_b = values[:2]
-        trans = values[2:] + [0] * (2 - len(values[2:])) if not self.in_registers else [
-            0, *(values[2:] or [0])]
+        trans = (
+            values[2:] + [0] * (2 - len(values[2:]))
+            if not self.in_registers
+            else [0, *(values[2:] or [0])]
+        )
         self.trans_a, self.trans_b = bool(trans[0]), bool(trans[1])
         operand_count(ins, 6 if self.type == "tf32" else 7 if self.in_registers else 8)
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .syntax import Instruction, Kernel, Memory, Reg, Vector
+from .instruction import Instruction, Kernel, Memory, Reg, Vector
 
 EXIT_OPCODES = frozenset({"ret", "exit", "trap"})
 # The warp's live lanes must be together: `.aligned` and matrix instructions.

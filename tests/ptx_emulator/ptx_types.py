@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .syntax import type_bytes
+from .instruction import type_bytes
 
 RAW = {
     1: np.dtype(np.uint8),

@@ -119,10 +119,26 @@ class SharedTracker:
         if not bad.any():
             return
         flying = pending | (writer >= self.clocks.lanes)
-        self._report(bad & flying, row, cell, self.write_at, len(lane), "in-flight",
-                     f"{access} of the destination of an asynchronous copy nobody waited for,", None)
-        self._report(bad & ~flying, row, cell, self.write_at, len(lane), "race",
-                     f"{access} not ordered after the store", same)
+        self._report(
+            bad & flying,
+            row,
+            cell,
+            self.write_at,
+            len(lane),
+            "in-flight",
+            f"{access} of the destination of an asynchronous copy nobody waited for,",
+            None,
+        )
+        self._report(
+            bad & ~flying,
+            row,
+            cell,
+            self.write_at,
+            len(lane),
+            "race",
+            f"{access} not ordered after the store",
+            same,
+        )
 
     def _after_reads(self, cells, team, lane, same: Same | None) -> None:
         late = self.last_read[cells] > self.clocks.floor[team, lane][:, None]
@@ -132,8 +148,16 @@ class SharedTracker:
             reader, tick = self.reader[cell], self.read[cell]
             ordered = self.clocks.knows(team[row, None], lane[row, None], reader, tick)
             bad = (~ordered & (reader != lane[row, None])).any(axis=1)
-            self._report(bad, row, cell, self.read_at, len(lane), "race",
-                         "store not ordered after the load", same)
+            self._report(
+                bad,
+                row,
+                cell,
+                self.read_at,
+                len(lane),
+                "race",
+                "store not ordered after the load",
+                same,
+            )
         for column, ticks in zip(self.engines, self.engine_read, strict=True):
             row, place = np.nonzero(ticks[cells])
             if len(row):
@@ -172,12 +196,18 @@ class SharedTracker:
         self._engine_after_write(team, member, cells, what, fence=True)
         reader, read = self.reader[cells], self.read[cells]
         unordered = ~self.clocks.knows(team, member, reader, read) & (reader != member)
-        self._engine_report(unordered.any(axis=1), cells, self.read_at, "race",
-                            f"{what} not ordered after the load")
+        self._engine_report(
+            unordered.any(axis=1), cells, self.read_at, "race", f"{what} not ordered after the load"
+        )
         for engine, ticks in zip(self.engines, self.engine_read, strict=True):
             busy = (ticks[cells] > 0) & ~self.clocks.knows(team, member, engine, ticks[cells])
-            self._engine_report(busy, cells, self.read_at, "in-flight",
-                                f"{what} over the source of an asynchronous operation")
+            self._engine_report(
+                busy,
+                cells,
+                self.read_at,
+                "in-flight",
+                f"{what} over the source of an asynchronous operation",
+            )
         self.writer[cells] = column
         self.written[cells] = tick
         self.strong[cells] = False
@@ -189,11 +219,17 @@ class SharedTracker:
         generic = (writer >= 0) & (writer < self.clocks.lanes)
         mine = (writer == member) & (tick != NEVER)
         flying = ~known & ~mine & (~generic | (tick == NEVER))
-        self._engine_report(flying, cells, self.write_at, "in-flight",
-                            f"{what} of the destination of an asynchronous copy nobody waited for,")
+        self._engine_report(
+            flying,
+            cells,
+            self.write_at,
+            "in-flight",
+            f"{what} of the destination of an asynchronous copy nobody waited for,",
+        )
         unordered = ~known & ~mine & generic & (tick != NEVER)
-        self._engine_report(unordered, cells, self.write_at, "race",
-                            f"{what} not ordered after the store")
+        self._engine_report(
+            unordered, cells, self.write_at, "race", f"{what} not ordered after the store"
+        )
         if fence:
             ordered = generic & (known | mine) & (tick != NEVER)
             crossed = self.clocks.crossed(team, member, np.where(generic, writer, 0), tick)
@@ -201,8 +237,13 @@ class SharedTracker:
             for place in np.unique(self.write_at[cells[bad]]).tolist():
                 if self.machine.instruction(place).opcode == "tcgen05":
                     bad &= self.write_at[cells] != place  # tcgen05.alloc is no generic store
-            self._engine_report(bad, cells, self.write_at, "missing-proxy-fence",
-                                f"{what} without fence.proxy.async since the store")
+            self._engine_report(
+                bad,
+                cells,
+                self.write_at,
+                "missing-proxy-fence",
+                f"{what} without fence.proxy.async since the store",
+            )
 
     def _engine_report(self, bad, cells, places, kind: str, message: str) -> None:
         if bad.any():

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .report import UnknownInstruction
-from .syntax import Imm, Instruction, Memory, Reg, Sink, Symbol, Vector
+from .instruction import Imm, Instruction, Memory, Reg, Sink, Symbol, Vector
 from .ptx_types import RAW, is_signed, numpy_type, type_bytes
+from .report import UnknownInstruction
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -68,7 +68,9 @@ class RegisterFile:
     def unwritten(self, register: Register, group: Group) -> None:
         missing = ~register.written[group.sel]  # type: ignore[index]
         if missing.any():
-            self.machine.find("uninitialised", f"register {register.name} was never written", missing)
+            self.machine.find(
+                "uninitialised", f"register {register.name} was never written", missing
+            )
 
     # ---- sources ---------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from .syntax import Instruction
+from .instruction import Instruction
 
 
 class UnknownInstruction(NotImplementedError):

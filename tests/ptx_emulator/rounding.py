@@ -22,14 +22,21 @@ def round_to(value: np.ndarray, kind: str, rounding: str) -> np.ndarray:
     step = np.ldexp(1.0, np.maximum(exponent - 1, least) - mantissa)
     scaled = np.where(finite, value, 0.0) / step
     rounders = {
-        "rn": np.rint, "rz": np.trunc, "rm": np.floor, "rp": np.ceil,
+        "rn": np.rint,
+        "rz": np.trunc,
+        "rm": np.floor,
+        "rp": np.ceil,
         "rna": lambda x: np.copysign(np.floor(np.abs(x) + 0.5), x),
     }
     result = rounders[rounding](scaled) * step
     largest = np.ldexp(2.0 - 2.0**-mantissa, greatest)
     over = finite & (np.abs(result) > largest)
     stays = {
-        "rn": False, "rna": False, "rz": True, "rm": value > 0, "rp": value < 0,
+        "rn": False,
+        "rna": False,
+        "rz": True,
+        "rm": value > 0,
+        "rp": value < 0,
     }[rounding]
     limit = np.where(stays, np.copysign(largest, value), np.copysign(np.inf, value))
     result = np.where(over, limit, np.copysign(result, value))
@@ -48,7 +55,9 @@ def bf16_bits(value: np.ndarray) -> np.ndarray:
     if value.dtype == np.float64:
         value = round_to(value, "bf16", "rn").astype(np.float32)
     bits = value.view(np.uint32)
-    rounded = (bits + (((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))) >> np.uint32(16)
+    rounded = (bits + (((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))) >> np.uint32(
+        16
+    )
     return np.where(np.isnan(value), np.uint16(0x7FFF), rounded.astype(np.uint16))
 
 

@@ -30,8 +30,9 @@ class Schedule:
         return name + (f"-slow{self.slow_block}" if self.slow_block is not None else "")
 
 
+TOGETHER = Schedule()
 EVERY_SCHEDULE = (
-    Schedule("together", "early"),
+    TOGETHER,
     Schedule("together", "late"),
     Schedule("forward", "late"),
     Schedule("reversed", "early"),
@@ -66,8 +67,10 @@ class Picker:
         if order == "reversed":
             return warps[inside == inside.max()]
         pivot = inside[self.random.integers(len(warps))]
-        return warps[(inside == pivot) & (self.random.random(len(warps)) < 0.7) | (warps == warps[
-            self.random.integers(len(warps))])]
+        return warps[
+            (inside == pivot) & (self.random.random(len(warps)) < 0.7)
+            | (warps == warps[self.random.integers(len(warps))])
+        ]
 
     def lands_now(self) -> bool:
         landing = self.schedule.landing

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .instruction import Instruction
 from .layout import unravel
 from .registers import Group
 from .report import UnknownInstruction
-from .syntax import Instruction
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -31,8 +31,10 @@ class SpecialRegisters:
             raise UnknownInstruction(ins, f"special register {name}")
         base, axis = match[1], _AXIS.get(match[2] or "", -1)
         constants = {
-            "ntid": layout.block, "nctaid": layout.grid,
-            "nclusterid": layout.cluster_grid, "cluster_nctaid": layout.cluster,
+            "ntid": layout.block,
+            "nctaid": layout.grid,
+            "nclusterid": layout.cluster_grid,
+            "cluster_nctaid": layout.cluster,
         }
         if axis >= 0 and base in constants:
             value = np.array(constants[base][axis])

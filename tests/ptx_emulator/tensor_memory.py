@@ -127,7 +127,8 @@ class _Core:
             known = self.machine.clocks.knows(team, member, other, ticks)
             if other // 32 != member // 32 and not known.all():
                 self.machine.find(
-                    "race", f"tcgen05.mma not ordered after tensor memory accesses of warp {warp}",
+                    "race",
+                    f"tcgen05.mma not ordered after tensor memory accesses of warp {warp}",
                     None,
                 )
 

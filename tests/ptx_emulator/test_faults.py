@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from . import EVERY_SCHEDULE, Schedule
+from . import EVERY_SCHEDULE, TOGETHER, Schedule
 from .cases import Case
 from .testing import fixture
 
@@ -40,7 +40,7 @@ LATE = Schedule("reversed", "late", slow_block=0)
 
 
 class Fault(NamedTuple):
-    """The `nth` match of `pattern` becomes `new`; `kind` is found at an instruction like `place`."""
+    """The `nth` match of `pattern` becomes `new`; `kind` is found where the text has `place`."""
 
     name: str
     case: Case
@@ -49,7 +49,7 @@ class Fault(NamedTuple):
     new: str
     kind: str
     place: str
-    schedule: Schedule = Schedule()
+    schedule: Schedule = TOGETHER
 
 
 TEXT = [
@@ -67,7 +67,9 @@ TEXT = [
     Fault("gradient-exchange-barrier", GRADIENT, BARRIER, 4, "", "race", "ld.shared"),
     Fault("hopper-store-barrier", HOPPER, BARRIER, 1, "", "race", "bulk.tensor.2d.global"),
     Fault("hopper-cluster-barrier", HOPPER, CLUSTER, 0, "", "race", "mbarrier|bulk"),
-    Fault("hopper-exit-barrier", HOPPER, CLUSTER, 1, "", "exited-block", "mbarrier.arrive|bulk", LATE),
+    Fault(
+        "hopper-exit-barrier", HOPPER, CLUSTER, 1, "", "exited-block", "mbarrier.arrive|bulk", LATE
+    ),
     Fault("warps-init-barrier", WARPS, BARRIER, 1, "", "race", "bulk.tensor"),
     Fault("descriptor-alloc-barrier", DESCRIPTOR, BARRIER, 0, "", "race", "ld.shared"),
     Fault("sum-barrier", SUM, BARRIER, 0, "", "race", "ld.shared"),
@@ -75,60 +77,159 @@ TEXT = [
     Fault("histogram-read-barrier", HISTOGRAM, BARRIER, 1, "", "race", "ld.shared"),
     Fault("relay-post-barrier", RELAY, BARRIER, 0, "", "global-race", "ld.global.f32"),
     Fault("relay-wait-barrier", RELAY, BARRIER, 1, "", "global-race", "ld.global.f32"),
-    Fault("handover-full-missing", HANDOVER, r"bar\.arrive\s+1, 64;", 0, "", "deadlock", "bar.sync"),
-    Fault("handover-count", HANDOVER, r"bar\.arrive\s+2, 64;", 0, "bar.arrive 2, 96;",
-          "barrier-count", "bar"),
-    Fault("handover-empty-missing", HANDOVER, r"bar\.sync\s+2, 64;", 1, "bar.arrive 2, 64;",
-          "deadlock", "bar.sync"),
+    Fault(
+        "handover-full-missing", HANDOVER, r"bar\.arrive\s+1, 64;", 0, "", "deadlock", "bar.sync"
+    ),
+    Fault(
+        "handover-count",
+        HANDOVER,
+        r"bar\.arrive\s+2, 64;",
+        0,
+        "bar.arrive 2, 96;",
+        "barrier-count",
+        "bar",
+    ),
+    Fault(
+        "handover-empty-missing",
+        HANDOVER,
+        r"bar\.sync\s+2, 64;",
+        1,
+        "bar.arrive 2, 64;",
+        "deadlock",
+        "bar.sync",
+    ),
     # waits shortened
     Fault("tile-wait", TILE, COPY_WAIT, 0, "cp.async.wait_group 2;", "in-flight", "ldmatrix"),
     Fault("lora80-wait", LORA_80, COPY_WAIT, 0, "cp.async.wait_group 4;", "in-flight", "ldmatrix"),
     Fault("lora90-wait", LORA_90, COPY_WAIT, 0, "cp.async.wait_group 4;", "in-flight", "wgmma"),
     Fault("tile-commit", TILE, r"cp\.async\.commit_group;", 0, "", "in-flight", "ldmatrix"),
     Fault("lora80-leftover", LORA_80, COPY_WAIT, 1, "", "leftover", "cp.async"),
-    Fault("lora90-mma-wait", LORA_90, MMA_WAIT, 0, "wgmma.wait_group.sync.aligned 3;", "in-flight",
-          "cp.async"),
-    Fault("lora90-accumulator", LORA_90, MMA_WAIT, 2, "wgmma.wait_group.sync.aligned 1;",
-          "in-flight", "cvt"),
-    Fault("hopper-mma-wait", HOPPER, MMA_WAIT, 0, "wgmma.wait_group.sync.aligned 1;", "in-flight",
-          "bulk.tensor"),
-    Fault("hopper-accumulator", HOPPER, MMA_WAIT, 2, "wgmma.wait_group.sync.aligned 1;",
-          "in-flight", "cvt"),
-    Fault("hopper-store-wait", HOPPER, r"cp\.async\.bulk\.wait_group\s+0;", 0, "", "leftover",
-          "bulk.tensor.2d.global"),
-    Fault("descriptor-store-wait", DESCRIPTOR, r"cp\.async\.bulk\.wait_group\s+0;", 0, "",
-          "leftover", "bulk.tensor.2d.global"),
+    Fault(
+        "lora90-mma-wait",
+        LORA_90,
+        MMA_WAIT,
+        0,
+        "wgmma.wait_group.sync.aligned 3;",
+        "in-flight",
+        "cp.async",
+    ),
+    Fault(
+        "lora90-accumulator",
+        LORA_90,
+        MMA_WAIT,
+        2,
+        "wgmma.wait_group.sync.aligned 1;",
+        "in-flight",
+        "cvt",
+    ),
+    Fault(
+        "hopper-mma-wait",
+        HOPPER,
+        MMA_WAIT,
+        0,
+        "wgmma.wait_group.sync.aligned 1;",
+        "in-flight",
+        "bulk.tensor",
+    ),
+    Fault(
+        "hopper-accumulator",
+        HOPPER,
+        MMA_WAIT,
+        2,
+        "wgmma.wait_group.sync.aligned 1;",
+        "in-flight",
+        "cvt",
+    ),
+    Fault(
+        "hopper-store-wait",
+        HOPPER,
+        r"cp\.async\.bulk\.wait_group\s+0;",
+        0,
+        "",
+        "leftover",
+        "bulk.tensor.2d.global",
+    ),
+    Fault(
+        "descriptor-store-wait",
+        DESCRIPTOR,
+        r"cp\.async\.bulk\.wait_group\s+0;",
+        0,
+        "",
+        "leftover",
+        "bulk.tensor.2d.global",
+    ),
     Fault("descriptor-load-wait", DESCRIPTOR, r"tcgen05\.wait::ld\S*;", 0, "", "in-flight", "mov"),
-    Fault("descriptor-clear-wait", DESCRIPTOR, r"tcgen05\.wait::st\S*;", 0, "", "in-flight",
-          "tcgen05.mma"),
+    Fault(
+        "descriptor-clear-wait",
+        DESCRIPTOR,
+        r"tcgen05\.wait::st\S*;",
+        0,
+        "",
+        "in-flight",
+        "tcgen05.mma",
+    ),
     # transaction counts and arrivals
     Fault("hopper-expect-less", HOPPER, EXPECT, 0, r"\g<1>8192;", "in-flight", "wgmma"),
     Fault("hopper-expect-more", HOPPER, EXPECT, 0, r"\g<1>16400;", "deadlock", "try_wait"),
     Fault("warps-expect", WARPS, EXPECT, 0, r"\g<1>8192;", "deadlock", "try_wait"),
     Fault("hopper-arrival-missing", HOPPER, ARRIVE, 0, "", "deadlock", "try_wait"),
     Fault("hopper-empty-count", HOPPER, INIT, 1, r"\g<1>3;", "deadlock", "try_wait"),
-    Fault("hopper-multicast", HOPPER, r"mov\.(b|u)16\s+(%rs\d+), 3;", 0, r"mov.u16 \g<2>, 1;",
-          "deadlock", "try_wait"),
+    Fault(
+        "hopper-multicast",
+        HOPPER,
+        r"mov\.(b|u)16\s+(%rs\d+), 3;",
+        0,
+        r"mov.u16 \g<2>, 1;",
+        "deadlock",
+        "try_wait",
+    ),
     Fault("descriptor-count", DESCRIPTOR, INIT, 0, r"\g<1>3;", "deadlock", "try_wait"),
     # fences removed
-    Fault("hopper-proxy-fence", HOPPER, PROXY, 0, "", "missing-proxy-fence", "bulk.tensor.2d.global"),
-    Fault("hopper-init-fence", HOPPER, r"fence\.mbarrier_init[^;]*;", 0, "", "missing-fence",
-          "bulk.tensor|mbarrier"),
+    Fault(
+        "hopper-proxy-fence", HOPPER, PROXY, 0, "", "missing-proxy-fence", "bulk.tensor.2d.global"
+    ),
+    Fault(
+        "hopper-init-fence",
+        HOPPER,
+        r"fence\.mbarrier_init[^;]*;",
+        0,
+        "",
+        "missing-fence",
+        "bulk.tensor|mbarrier",
+    ),
     Fault("hopper-mma-fence", HOPPER, r"wgmma\.fence[^;]*;", 0, "", "missing-fence", "wgmma"),
     Fault("lora90-proxy-fence", LORA_90, PROXY, 0, "", "missing-proxy-fence", "wgmma"),
     Fault("lora90-tail-fence", LORA_90, PROXY, 1, "", "missing-proxy-fence", "wgmma"),
     Fault("warps-store-fence", WARPS, PROXY, 2, "", "missing-proxy-fence", "bulk.tensor.2d.global"),
-    Fault("relay-release", RELAY, r"red\.release\.gpu", 0, "red.relaxed.gpu", "global-race",
-          "ld.global.f32"),
-    Fault("relay-acquire", RELAY, r"ld\.acquire\.gpu", 0, "ld.relaxed.gpu", "global-race",
-          "ld.global.f32"),
+    Fault(
+        "relay-release",
+        RELAY,
+        r"red\.release\.gpu",
+        0,
+        "red.relaxed.gpu",
+        "global-race",
+        "ld.global.f32",
+    ),
+    Fault(
+        "relay-acquire",
+        RELAY,
+        r"ld\.acquire\.gpu",
+        0,
+        "ld.relaxed.gpu",
+        "global-race",
+        "ld.global.f32",
+    ),
     # bounds flipped
     Fault("tile-load-bound", TILE, r"setp\.lt\.s32", 1, "setp.le.s32", "out-of-bounds", "cp.async"),
-    Fault("tile-store-bound", TILE, r"setp\.ge\.s32", 3, "setp.gt.s32", "out-of-bounds", "st.global"),
-    Fault("lora80-row-bound", LORA_80, r"setp\.lt\.s32", 0, "setp.le.s32", "out-of-bounds",
-          "cp.async"),
-    Fault("gradient-bound", GRADIENT, r"setp\.lt\.s32", 0, "setp.le.s32", "out-of-bounds",
-          "ld.global"),
+    Fault(
+        "tile-store-bound", TILE, r"setp\.ge\.s32", 3, "setp.gt.s32", "out-of-bounds", "st.global"
+    ),
+    Fault(
+        "lora80-row-bound", LORA_80, r"setp\.lt\.s32", 0, "setp.le.s32", "out-of-bounds", "cp.async"
+    ),
+    Fault(
+        "gradient-bound", GRADIENT, r"setp\.lt\.s32", 0, "setp.le.s32", "out-of-bounds", "ld.global"
+    ),
     Fault("sum-bound", SUM, r"setp\.lt\.s32", 0, "setp.le.s32", "out-of-bounds", "ld.global"),
     # layouts
     Fault("tile-swizzle", TILE, r"xor\.b32", 0, "or.b32", "uninitialised", "ldmatrix"),
@@ -140,8 +241,15 @@ NUMBERS = [
     Fault("gradient-trans", GRADIENT, r"\.trans\.", 0, ".", "", ""),
     Fault("gradient-trans-later", GRADIENT, r"\.trans\.", 5, ".", "", ""),
     Fault("lora80-swizzle-read", LORA_80, r"xor\.b32", 2, "or.b32", "", ""),
-    Fault("hopper-accumulate", HOPPER, r"setp\.ne\.b32(\s+p,[^;]*), 0;", 0, r"setp.eq.b32\g<1>, 0;",
-          "", ""),
+    Fault(
+        "hopper-accumulate",
+        HOPPER,
+        r"setp\.ne\.b32(\s+p,[^;]*), 0;",
+        0,
+        r"setp.eq.b32\g<1>, 0;",
+        "",
+        "",
+    ),
 ]
 
 EQUIVALENT = [
@@ -163,8 +271,9 @@ def mutated(fault: Fault) -> str:
     entry = re.search(rf"\.entry {name}\w*\(", text)
     assert entry is not None
     end = text.find(".entry", entry.end())
-    matches = list(re.compile(fault.pattern).finditer(
-        text, entry.start(), end if end >= 0 else len(text)))
+    matches = list(
+        re.compile(fault.pattern).finditer(text, entry.start(), end if end >= 0 else len(text))
+    )
     match = matches[fault.nth]
     return text[: match.start()] + match.expand(fault.new) + text[match.end() :]
 

@@ -9,7 +9,9 @@ from . import UnknownInstruction
 from .harness import evaluate, kernel
 from .launch import run
 
-U32, S32, U64, S64, F32, F64, U16 = (np.dtype(t) for t in ("u4", "i4", "u8", "i8", "f4", "f8", "u2"))
+U32, S32, U64, S64, F32, F64, U16 = (
+    np.dtype(t) for t in ("u4", "i4", "u8", "i8", "f4", "f8", "u2")
+)
 INF, NAN = float("inf"), float("nan")
 
 INTEGER = [
@@ -56,10 +58,24 @@ INTEGER = [
     ("bfe.u32 $0, $1, 4, 8;", [(U32, [0xABCDE])], U32, [0xCD]),
     ("bfe.s32 $0, $1, 4, 8;", [(S32, [0xABCDE])], S32, [0xCD - 256]),
     ("bfe.s32 $0, $1, $2, $3;", [(S32, [-1, 8]), (U32, [40, 0]), (U32, [3, 4])], S32, [-1, -8]),
-    ("bfe.u32 $0, $1, $2, $3;", [(U32, [2**32 - 1] * 2), (U32, [30, 0]), (U32, [8, 0])], U32, [3, 0]),
-    ("bfi.b32 $0, $1, $2, $3, $4;", [(U32, [0xF]), (U32, [0xAAAA]), (U32, [4]), (U32, [4])], U32,
-     [0xAAFA]),
-    ("bfi.b64 $0, $1, $2, $3, $4;", [(U64, [1]), (U64, [0]), (U32, [40]), (U32, [1])], U64, [2**40]),
+    (
+        "bfe.u32 $0, $1, $2, $3;",
+        [(U32, [2**32 - 1] * 2), (U32, [30, 0]), (U32, [8, 0])],
+        U32,
+        [3, 0],
+    ),
+    (
+        "bfi.b32 $0, $1, $2, $3, $4;",
+        [(U32, [0xF]), (U32, [0xAAAA]), (U32, [4]), (U32, [4])],
+        U32,
+        [0xAAFA],
+    ),
+    (
+        "bfi.b64 $0, $1, $2, $3, $4;",
+        [(U64, [1]), (U64, [0]), (U32, [40]), (U32, [1])],
+        U64,
+        [2**40],
+    ),
     ("popc.b32 $0, $1;", [(U32, [0xF0F])], U32, [8]),
     ("clz.b32 $0, $1;", [(U32, [1, 0])], U32, [31, 32]),
     ("brev.b32 $0, $1;", [(U32, [1])], U32, [2**31]),
@@ -104,8 +120,12 @@ FLOAT = [
     ("sub.f32 $0, $1, $2;", [(F32, [1.5]), (F32, [0.25])], F32, [1.25]),
     ("mul.f32 $0, $1, $2;", [(F32, [3.0]), (F32, [-0.5])], F32, [-1.5]),
     ("mul.ftz.f32 $0, $1, $2;", [(F32, [2.0**-100]), (F32, [2.0**-40])], F32, [0.0]),
-    ("fma.rn.f32 $0, $1, $2, $3;", [(F32, [1 + 2.0**-12]), (F32, [1 + 2.0**-12]), (F32, [-1.0])],
-     F32, [2.0**-11 + 2.0**-24]),
+    (
+        "fma.rn.f32 $0, $1, $2, $3;",
+        [(F32, [1 + 2.0**-12]), (F32, [1 + 2.0**-12]), (F32, [-1.0])],
+        F32,
+        [2.0**-11 + 2.0**-24],
+    ),
     ("div.full.f32 $0, $1, $2;", [(F32, [1.0]), (F32, [4.0])], F32, [0.25]),
     ("div.rn.f32 $0, $1, $2;", [(F32, [1.0]), (F32, [0.0])], F32, [INF]),
     ("max.f32 $0, $1, $2;", [(F32, [NAN, -0.0]), (F32, [2.0, 0.0])], F32, [2.0, 0.0]),
@@ -120,8 +140,12 @@ FLOAT = [
     ("rsqrt.approx.f32 $0, $1;", [(F32, [4.0])], F32, [0.5]),
     ("sqrt.rn.f32 $0, $1;", [(F32, [9.0])], F32, [3.0]),
     ("add.f64 $0, $1, $2;", [(F64, [1.0]), (F64, [2.0**-52])], F64, [1 + 2.0**-52]),
-    ("fma.rn.f64 $0, $1, $2, $3;", [(F64, [1 + 2.0**-30]), (F64, [1 + 2.0**-30]), (F64, [-1.0])],
-     F64, [2.0**-29 + 2.0**-60]),
+    (
+        "fma.rn.f64 $0, $1, $2, $3;",
+        [(F64, [1 + 2.0**-30]), (F64, [1 + 2.0**-30]), (F64, [-1.0])],
+        F64,
+        [2.0**-29 + 2.0**-60],
+    ),
     ("cvt.f32.bf16 $0, $1;", [bf16(1.5, -INF)], F32, [1.5, -INF]),
     ("cvt.f32.f16 $0, $1;", [f16(0.1)], F32, [float(np.float16(0.1))]),
     ("cvt.rn.f32.s32 $0, $1;", [(S32, [2**24 + 1])], F32, [2.0**24]),
@@ -136,7 +160,8 @@ FLOAT = [
 
 
 @pytest.mark.parametrize(
-    ("instruction", "inputs", "result", "expected"), FLOAT,
+    ("instruction", "inputs", "result", "expected"),
+    FLOAT,
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",
 )
 def test_float(instruction: str, inputs, result, expected) -> None:
@@ -146,8 +171,12 @@ def test_float(instruction: str, inputs, result, expected) -> None:
 
 TO_BITS = [
     # to bf16: 1 + 2^-8 is a tie and goes to the even 1.0; a bit more goes up
-    ("cvt.rn.bf16.f32 $0, $1;", [(F32, [1 + 2.0**-8, 1 + 2.0**-8 + 2.0**-20, 3.4e38, NAN])],
-     U16, [0x3F80, 0x3F81, 0x7F80, 0x7FFF]),
+    (
+        "cvt.rn.bf16.f32 $0, $1;",
+        [(F32, [1 + 2.0**-8, 1 + 2.0**-8 + 2.0**-20, 3.4e38, NAN])],
+        U16,
+        [0x3F80, 0x3F81, 0x7F80, 0x7FFF],
+    ),
     ("cvt.rz.bf16.f32 $0, $1;", [(F32, [1.999])], U16, [0x3FFF]),
     ("cvt.rn.f16.f32 $0, $1;", [(F32, [65520.0, 1.0, 2.0**-25])], U16, [0x7C00, 0x3C00, 0]),
     ("cvt.rn.bf16x2.f32 $0, $1, $2;", [(F32, [1.0]), (F32, [-2.0])], U32, [0x3F80C000]),
@@ -160,18 +189,31 @@ TO_BITS = [
     ("cvt.rzi.s64.f32 $0, $1;", [(F32, [NAN])], S64, [-(2**63)]),
     ("add.f16x2 $0, $1, $2;", [(U32, [0x3C003C00]), (U32, [0x3C004000])], U32, [0x40004200]),
     ("mul.bf16x2 $0, $1, $2;", [(U32, [0x40003F80]), (U32, [0x40004040])], U32, [0x40804040]),
-    ("fma.rn.bf16x2 $0, $1, $2, $3;", [(U32, [0x40003F80]), (U32, [0x40004040]), (U32, [0x3F803F80])],
-     U32, [0x40A04080]),
-    ("mul.f32x2 $0, $1, $2;", [(U64, [0x400000003F800000]), (U64, [0x4000000040400000])], U64,
-     [0x4080000040400000]),
-    ("add.f32x2 $0, $1, $2;", [(U64, [0x400000003F800000]), (U64, [0x400000003F800000])], U64,
-     [0x4080000040000000]),
+    (
+        "fma.rn.bf16x2 $0, $1, $2, $3;",
+        [(U32, [0x40003F80]), (U32, [0x40004040]), (U32, [0x3F803F80])],
+        U32,
+        [0x40A04080],
+    ),
+    (
+        "mul.f32x2 $0, $1, $2;",
+        [(U64, [0x400000003F800000]), (U64, [0x4000000040400000])],
+        U64,
+        [0x4080000040400000],
+    ),
+    (
+        "add.f32x2 $0, $1, $2;",
+        [(U64, [0x400000003F800000]), (U64, [0x400000003F800000])],
+        U64,
+        [0x4080000040000000],
+    ),
     ("max.bf16x2 $0, $1, $2;", [(U32, [0x40003F80]), (U32, [0x3F804000])], U32, [0x40004000]),
 ]
 
 
 @pytest.mark.parametrize(
-    ("instruction", "inputs", "result", "expected"), TO_BITS,
+    ("instruction", "inputs", "result", "expected"),
+    TO_BITS,
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",
 )
 def test_float_to_bits(instruction: str, inputs, result, expected) -> None:
@@ -195,8 +237,9 @@ COMPARE = [
 ]
 
 
-@pytest.mark.parametrize(("form", "a", "b", "expected"), COMPARE, ids=lambda v: v if isinstance(
-    v, str) else "")
+@pytest.mark.parametrize(
+    ("form", "a", "b", "expected"), COMPARE, ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_compare_and_select(form: str, a, b, expected) -> None:
     code = f"setp.{form} %p1, $1, $2; selp.b32 $0, 1, 0, %p1;"
     got = evaluate(code, *(np.array(v, t) for t, v in (a, b)), result=U32)
@@ -205,30 +248,46 @@ def test_compare_and_select(form: str, a, b, expected) -> None:
 
 def test_setp_combines_with_a_predicate() -> None:
     """p = (a < b) and c, q = !(a < b) and c."""
-    code = ("setp.ne.b32 %p3, $2, 0; setp.lt.and.s32 %p1|%p2, $1, 5, %p3;"
-            "selp.b32 %r50, 1, 0, %p1; selp.b32 %r51, 2, 0, %p2; or.b32 $0, %r50, %r51;")
+    code = (
+        "setp.ne.b32 %p3, $2, 0; setp.lt.and.s32 %p1|%p2, $1, 5, %p3;"
+        "selp.b32 %r50, 1, 0, %p1; selp.b32 %r51, 2, 0, %p2; or.b32 $0, %r50, %r51;"
+    )
     a, c = np.array([1, 9, 1], np.int32), np.array([1, 1, 0], np.int32)
     assert evaluate(code, a, c, result=U32).tolist() == [1, 2, 0]
 
 
 def test_predicate_logic() -> None:
-    code = ("setp.ne.b32 %p1, $1, 0; not.pred %p2, %p1; xor.pred %p3, %p1, %p2; and.pred %p4, %p3,"
-            " %p1; or.pred %p5, %p4, %p2; mov.pred %p6, %p4; selp.b32 $0, 1, 0, %p6;"
-            "@!%p5 add.s32 $0, $0, 100;")
+    code = (
+        "setp.ne.b32 %p1, $1, 0; not.pred %p2, %p1; xor.pred %p3, %p1, %p2; and.pred %p4, %p3,"
+        " %p1; or.pred %p5, %p4, %p2; mov.pred %p6, %p4; selp.b32 $0, 1, 0, %p6;"
+        "@!%p5 add.s32 $0, $0, 100;"
+    )
     assert evaluate(code, np.array([0, 3], np.uint32), result=U32).tolist() == [0, 1]
 
 
 def test_mov_packs_low_element_first() -> None:
-    assert evaluate("mov.b32 {%h10, %h11}, $1; mov.b32 $0, {%h11, %h10};",
-                    np.array([0x11112222], np.uint32), result=U32).tolist() == [0x22221111]
+    assert evaluate(
+        "mov.b32 {%h10, %h11}, $1; mov.b32 $0, {%h11, %h10};",
+        np.array([0x11112222], np.uint32),
+        result=U32,
+    ).tolist() == [0x22221111]
 
 
-@pytest.mark.parametrize("instruction", [
-    "frobnicate.s32 %r1, %r2;", "add.sat.u32 %r1, %r2, %r3;", "cvt.rn.e4m3x2.f32 %h1, %r1, %r2;",
-    "mul.s32 %r1, %r2, %r3;", "ld.global.u128 %r1, [%a0];", "shfl.up.b32 %r1, %r2, 1, 0;",
-    "mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%r1}, {%r2}, {%r3}, {%r4};",
-    "bar.sync.foo 0;", "st.async.b32 [%r1], %r2, [%r3];", "cvt.f32.f64 %r1, %d1;",
-])
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "frobnicate.s32 %r1, %r2;",
+        "add.sat.u32 %r1, %r2, %r3;",
+        "cvt.rn.e4m3x2.f32 %h1, %r1, %r2;",
+        "mul.s32 %r1, %r2, %r3;",
+        "ld.global.u128 %r1, [%a0];",
+        "shfl.up.b32 %r1, %r2, 1, 0;",
+        "mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%r1}, {%r2}, {%r3}, {%r4};",
+        "bar.sync.foo 0;",
+        "st.async.b32 [%r1], %r2, [%r3];",
+        "cvt.f32.f64 %r1, %d1;",
+    ],
+)
 def test_unknown_instructions_raise_with_their_line(instruction: str) -> None:
     text = kernel(instruction, 1)
     line = text[: text.index(instruction)].count("\n") + 1

@@ -5,18 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from . import EVERY_SCHEDULE, Schedule, Uninitialised, run
+from . import EVERY_SCHEDULE, TOGETHER, Schedule, Uninitialised, run
 from .cases import Case
 from .harness import findings, kernel
 
 STORE = "mul.wide.u32 %w, %t, 4; add.s64 %d60, %a0, %w; st.global.b32 [%d60], %r1;"
 
 
-def lanes(body: str, threads: int = 32, schedule: Schedule = Schedule()) -> list[int]:
+def lanes(body: str, threads: int = 32, schedule: Schedule = TOGETHER) -> list[int]:
     """The value of %r1 in every thread after `body`."""
     out = np.zeros(threads, np.uint32)
-    findings(body + STORE, Uninitialised(out), threads=threads, shared=512,
-             schedule=schedule).check()
+    findings(
+        body + STORE, Uninitialised(out), threads=threads, shared=512, schedule=schedule
+    ).check()
     return out.tolist()
 
 
@@ -49,15 +50,18 @@ def test_trap_is_a_finding() -> None:
 # ---- lanes of a warp -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("form", "expected"), [
-    ("bfly.b32 %r1, %t, 1, 31", [t ^ 1 for t in range(32)]),
-    ("idx.b32 %r1, %t, 5, 31", [5] * 32),
-    ("up.b32 %r1, %t, 2, 0", [max(t - 2, t if t < 2 else 0) for t in range(32)]),
-    ("down.b32 %r1, %t, 2, 31", [t + 2 if t < 30 else t for t in range(32)]),
-    # segments of eight lanes: c = ((32 - 8) << 8) | 31
-    ("down.b32 %r1, %t, 1, 0x181f", [t + 1 if t % 8 < 7 else t for t in range(32)]),
-    ("idx.b32 %r1, %t, 3, 0x181f", [t // 8 * 8 + 3 for t in range(32)]),
-])
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("bfly.b32 %r1, %t, 1, 31", [t ^ 1 for t in range(32)]),
+        ("idx.b32 %r1, %t, 5, 31", [5] * 32),
+        ("up.b32 %r1, %t, 2, 0", [max(t - 2, t if t < 2 else 0) for t in range(32)]),
+        ("down.b32 %r1, %t, 2, 31", [t + 2 if t < 30 else t for t in range(32)]),
+        # segments of eight lanes: c = ((32 - 8) << 8) | 31
+        ("down.b32 %r1, %t, 1, 0x181f", [t + 1 if t % 8 < 7 else t for t in range(32)]),
+        ("idx.b32 %r1, %t, 3, 0x181f", [t // 8 * 8 + 3 for t in range(32)]),
+    ],
+)
 def test_shfl(form: str, expected: list[int]) -> None:
     assert lanes(f"shfl.sync.{form}, -1;") == expected
 
@@ -69,15 +73,18 @@ def test_shfl_predicate_and_missing_lanes() -> None:
     assert findings(half).kinds() == {"divergence"}
 
 
-@pytest.mark.parametrize(("body", "expected"), [
-    ("setp.lt.u32 %p1, %t, 4; vote.sync.ballot.b32 %r1, %p1, -1;", 15),
-    ("setp.lt.u32 %p1, %t, 4; vote.sync.any.pred %p2, %p1, -1; selp.b32 %r1, 1, 0, %p2;", 1),
-    ("setp.lt.u32 %p1, %t, 4; vote.sync.all.pred %p2, %p1, -1; selp.b32 %r1, 1, 0, %p2;", 0),
-    ("redux.sync.add.u32 %r1, %t, -1;", 496),
-    ("redux.sync.max.s32 %r1, %t, -1;", 31),
-    ("redux.sync.xor.b32 %r1, %t, -1;", 0),
-    ("elect.sync %r1|%p1, -1;", 0),
-])
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("setp.lt.u32 %p1, %t, 4; vote.sync.ballot.b32 %r1, %p1, -1;", 15),
+        ("setp.lt.u32 %p1, %t, 4; vote.sync.any.pred %p2, %p1, -1; selp.b32 %r1, 1, 0, %p2;", 1),
+        ("setp.lt.u32 %p1, %t, 4; vote.sync.all.pred %p2, %p1, -1; selp.b32 %r1, 1, 0, %p2;", 0),
+        ("redux.sync.add.u32 %r1, %t, -1;", 496),
+        ("redux.sync.max.s32 %r1, %t, -1;", 31),
+        ("redux.sync.xor.b32 %r1, %t, -1;", 0),
+        ("elect.sync %r1|%p1, -1;", 0),
+    ],
+)
 def test_warp_wide_results(body: str, expected: int) -> None:
     assert lanes(body) == [expected] * 32
 
@@ -88,8 +95,10 @@ def test_elect_chooses_one_lane_of_the_mask() -> None:
 
 
 def test_match() -> None:
-    assert lanes("and.b32 %r2, %t, 1; match.any.sync.b32 %r1, %r2, -1;") == [
-        0x55555555, 0xAAAAAAAA] * 16
+    assert (
+        lanes("and.b32 %r2, %t, 1; match.any.sync.b32 %r1, %r2, -1;")
+        == [0x55555555, 0xAAAAAAAA] * 16
+    )
 
 
 # ---- barriers of a block -------------------------------------------------------------------
@@ -147,8 +156,11 @@ def test_the_previous_phase_counts_as_complete() -> None:
 
 
 def test_arrival_count_operand_and_token() -> None:
-    body = START.replace("COUNT", "64") + """mbarrier.arrive.shared::cta.b64 %d1, [smem], 2;
+    body = (
+        START.replace("COUNT", "64")
+        + """mbarrier.arrive.shared::cta.b64 %d1, [smem], 2;
         WAIT: mbarrier.test_wait.shared::cta.b64 %p2, [smem], %d1; @!%p2 bra WAIT;"""
+    )
     assert findings(body, shared=16).ok
 
 
@@ -160,11 +172,17 @@ def test_transactions_keep_the_phase_open() -> None:
 
 def test_bulk_copy_signals_its_bytes() -> None:
     x, out = np.arange(32, dtype=np.uint32), np.zeros(32, np.uint32)
-    body = START.replace("COUNT", "1") + """
+    body = (
+        START.replace("COUNT", "1")
+        + """
         @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [smem], 128; mov.u32 %r5, smem;
-        @%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r5+128], [%a1], 128,
-            [%r5];""" + WAIT.replace("PARITY", "0") + """
-        shl.b32 %r6, %t, 2; add.s32 %r6, %r6, %r5; ld.shared.b32 %r1, [%r6+128];""" + STORE
+        @%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r5+128], [%a1],
+            128, [%r5];"""
+        + WAIT.replace("PARITY", "0")
+        + """
+        shl.b32 %r6, %t, 2; add.s32 %r6, %r6, %r5; ld.shared.b32 %r1, [%r6+128];"""
+        + STORE
+    )
     for schedule in EVERY_SCHEDULE:
         findings(body, Uninitialised(out), x, shared=256, schedule=schedule).check()
         assert out.tolist() == x.tolist()
@@ -174,7 +192,8 @@ def test_bulk_copy_signals_its_bytes() -> None:
 
 def test_bulk_store_needs_a_proxy_fence_and_a_wait() -> None:
     out = np.zeros(4, np.uint32)
-    body = """st.shared.v4.b32 [smem], {1, 2, 3, 4}; fence.proxy.async.shared::cta; mov.u32 %r5, smem;
+    body = """st.shared.v4.b32 [smem], {1, 2, 3, 4}; fence.proxy.async.shared::cta;
+        mov.u32 %r5, smem;
         cp.async.bulk.global.shared::cta.bulk_group [%a0], [%r5], 16; cp.async.bulk.commit_group;
         cp.async.bulk.wait_group.read 0; st.shared.b32 [smem], 9; cp.async.bulk.wait_group 0;"""
     for schedule in EVERY_SCHEDULE:
@@ -194,19 +213,32 @@ SYNC = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
 
 def test_distributed_shared_memory() -> None:
     out = np.zeros(2, np.uint32)
-    body = RANK + f"""add.s32 %r13, %r10, 40; st.shared.b32 [smem], %r13; {SYNC}
+    body = (
+        RANK
+        + f"""add.s32 %r13, %r10, 40; st.shared.b32 [smem], %r13; {SYNC}
         mapa.shared::cluster.u32 %r14, %r12, %r11; ld.shared::cluster.b32 %r1, [%r14]; {SYNC}
         mul.wide.u32 %w, %r10, 4; add.s64 %d60, %a0, %w; st.global.b32 [%d60], %r1;"""
+    )
     for schedule in EVERY_SCHEDULE:
-        findings(body, Uninitialised(out), threads=1, grid=2, cluster=2, shared=16,
-                 schedule=schedule).check()
+        findings(
+            body, Uninitialised(out), threads=1, grid=2, cluster=2, shared=16, schedule=schedule
+        ).check()
         assert out.tolist() == [41, 40]
     first = body.replace(SYNC, "", 1)
     assert findings(first, Uninitialised(out), threads=1, grid=2, cluster=2, shared=16).kinds() & {
-        "race", "uninitialised"}
+        "race",
+        "uninitialised",
+    }
     last = SYNC.join(body.split(SYNC)[:2]) + body.split(SYNC)[2]
-    report = findings(last, Uninitialised(out), threads=1, grid=2, cluster=2, shared=16,
-                      schedule=Schedule("serial", slow_block=1))
+    report = findings(
+        last,
+        Uninitialised(out),
+        threads=1,
+        grid=2,
+        cluster=2,
+        shared=16,
+        schedule=Schedule("serial", slow_block=1),
+    )
     assert report.kinds() == {"exited-block"}
 
 
@@ -214,7 +246,8 @@ def test_special_registers() -> None:
     out = np.zeros((6, 4), np.uint32)
     body = """mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ctaid.y; mov.u32 %r3, %nctaid.x;
         mad.lo.s32 %r4, %r2, %r3, %r1; mov.u32 %r5, %clusterid.x; mov.u32 %r6, %ntid.x;
-        mul.wide.u32 %w, %r4, 16; add.s64 %d1, %a0, %w; st.global.v4.b32 [%d1], {%r1,%r2,%r5,%r6};"""
+        mul.wide.u32 %w, %r4, 16; add.s64 %d1, %a0, %w;
+        st.global.v4.b32 [%d1], {%r1,%r2,%r5,%r6};"""
     run(kernel(body, 1), "k", (2, 3), 1, [Uninitialised(out)], cluster=(2, 1)).check()
     assert out.tolist() == [[x, y, 0, 1] for y in range(3) for x in range(2)]
 

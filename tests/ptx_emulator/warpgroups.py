@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .async_work import Job
+from .instruction import Instruction
 from .program import registers_in
 from .registers import Group
-from .syntax import Instruction
 
 if TYPE_CHECKING:
     from .machine import Machine

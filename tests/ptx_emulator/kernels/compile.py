@@ -45,13 +45,30 @@ def _triton_kernels():
     """(file name, kernel, argument types, constants, capability, warps, stages)."""
     from . import triton_kernels as k
 
-    lora = {"x": "*T", "w": "*T", "a": "*T", "b": "*T", "y": "*T",
-            "M": "i32", "N": "i32", "K": "i32", "scaling": "fp32"}
+    lora = {
+        "x": "*T",
+        "w": "*T",
+        "a": "*T",
+        "b": "*T",
+        "y": "*T",
+        "M": "i32",
+        "N": "i32",
+        "K": "i32",
+        "scaling": "fp32",
+    }
     for capability in (80, 90, 100, 120):
         yield f"lora_bf16_{capability}", k.lora_kernel, lora, TILE | {"R": 16}, capability, 4, 3
     for kind in ("fp16", "fp32"):
         for capability in (80, 90, 100):
-            yield f"lora_{kind}_{capability}", k.lora_kernel, lora, TILE | {"R": 16}, capability, 4, 2
+            yield (
+                f"lora_{kind}_{capability}",
+                k.lora_kernel,
+                lora,
+                TILE | {"R": 16},
+                capability,
+                4,
+                2,
+            )
     pointers = {"x_ptr": "*T", "w_ptr": "*T", "y_ptr": "*T", "M": "i32", "N": "i32", "K": "i32"}
     for capability in (80, 90, 100, 120):
         yield f"descriptor_bf16_{capability}", k.descriptor_kernel, pointers, TILE, capability, 4, 3
@@ -60,14 +77,20 @@ def _triton_kernels():
         shapes = {"x": (m, k_), "w": (n, k_), "a": (16, k_), "b": (n, 16), "y": (m, n)}
         maps = {n: f"tensordesc<bf16[{h}, {w}]>" for n, (h, w) in shapes.items()} | {"K": "i32"}
         tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k_, "LORA": lora_term}
-        yield (f"specialised_bf16_{capability}", k.specialised_kernel, maps, tile,
-               capability, 4, 3)
+        yield (f"specialised_bf16_{capability}", k.specialised_kernel, maps, tile, capability, 4, 3)
     small = {"BLOCK_M": 64, "BLOCK_K": 64, "R": 16}
     gradient = {"x": "*T", "ds": "*T", "out": "*fp32", "M": "i32", "K": "i32"}
     for capability in (80, 90):
         yield f"gradient_bf16_{capability}", k.gradient_kernel, gradient, small, capability, 4, 2
-        yield (f"softmax_bf16_{capability + 10}", k.softmax_kernel,
-               {"x": "*T", "y": "*T", "N": "i32"}, {"BLOCK": 512}, capability + 10, 4, 2)
+        yield (
+            f"softmax_bf16_{capability + 10}",
+            k.softmax_kernel,
+            {"x": "*T", "y": "*T", "N": "i32"},
+            {"BLOCK": 512},
+            capability + 10,
+            4,
+            2,
+        )
     dropout = {"x": "*T", "y": "*T", "seed": "i32", "n": "i32", "p": "fp32"}
     yield "dropout_fp32_80", k.dropout_kernel, dropout, {"BLOCK": 512}, 80, 4, 2
 
@@ -83,10 +106,12 @@ def compile_triton(out: Path) -> None:
         aligned = [n for n in fn.arg_names if signature[n].startswith("*") or n in ("K", "N")]
         attributes = {
             (fn.arg_names.index(n),): [["tt.divisibility", 16]]
-            for n in aligned if n in types and "tensordesc" not in types[n]
+            for n in aligned
+            if n in types and "tensordesc" not in types[n]
         }
         source = ASTSource(
-            fn, signature,
+            fn,
+            signature,
             constexprs={(fn.arg_names.index(n),): v for n, v in constants.items()},
             attrs=attributes,
         )

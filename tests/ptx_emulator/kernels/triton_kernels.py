@@ -6,8 +6,19 @@ import triton.language as tl
 
 @triton.jit
 def lora_kernel(
-    x, w, a, b, y, M, N, K, scaling,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr,
+    x,
+    w,
+    a,
+    b,
+    y,
+    M,
+    N,
+    K,
+    scaling,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    R: tl.constexpr,
 ):
     """y = x wᵀ + scaling (x aᵀ) bᵀ; x [M, K], w [N, K], a [R, K], b [N, R]."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -19,9 +30,11 @@ def lora_kernel(
         k = start + tl.arange(0, BLOCK_K)
         inside = k < K
         x_tile = tl.load(
-            x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & inside[None, :], other=0.0)
+            x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & inside[None, :], other=0.0
+        )
         w_tile = tl.load(
-            w + n[None, :] * K + k[:, None], mask=(n < N)[None, :] & inside[:, None], other=0.0)
+            w + n[None, :] * K + k[:, None], mask=(n < N)[None, :] & inside[:, None], other=0.0
+        )
         a_tile = tl.load(a + r[None, :] * K + k[:, None], mask=inside[:, None], other=0.0)
         sum_w = tl.dot(x_tile, w_tile, sum_w)
         sum_a = tl.dot(x_tile, a_tile, sum_a)
@@ -33,8 +46,15 @@ def lora_kernel(
 
 @triton.jit
 def descriptor_kernel(
-    x_ptr, w_ptr, y_ptr, M, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """y = x wᵀ through tensor descriptors that the kernel makes itself."""
     x = tl.make_tensor_descriptor(x_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
@@ -49,8 +69,16 @@ def descriptor_kernel(
 
 @triton.jit
 def specialised_kernel(
-    x, w, a, b, y, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LORA: tl.constexpr,
+    x,
+    w,
+    a,
+    b,
+    y,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LORA: tl.constexpr,
 ):
     """y = x wᵀ (+ (x aᵀ) bᵀ) with host descriptors; producer and consumer warps apart."""
     m, n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
