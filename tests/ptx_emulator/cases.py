@@ -308,7 +308,7 @@ def matrix_cases() -> list[Case]:
     cases = [
         Case(f"lora_{kind}_{c}", ragged)
         for kind, cs in (
-            ("bf16", (80, 90, 100, 120)),
+            ("bf16", (80, 86, 89, 90, 100, 120)),
             ("fp16", (80, 90, 100)),
             ("fp32", (80, 90, 100)),
         )

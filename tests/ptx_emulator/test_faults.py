@@ -36,6 +36,7 @@ INIT = r"(mbarrier\.init\S*\s+\[[^\]]*\],\s*)\S+;"
 EXPECT = r"(expect_tx[^;]*,\s*)\S+;"
 ARRIVE = r"mbarrier\.arrive\.release[^;]*;"
 CLUSTER = r"barrier\.cluster\.arrive\.aligned;\s*barrier\.cluster\.wait\.aligned;"
+SPIN = r"again:\s*mbarrier\.try_wait[^;]*;\s*@done bra over;\s*bra again;"
 LATE = Schedule("reversed", "late", slow_block=0)
 
 
@@ -168,6 +169,8 @@ TEXT = [
         "in-flight",
         "tcgen05.mma",
     ),
+    Fault("hopper-stage-reused", HOPPER, SPIN, 3, "", "in-flight", "bulk.tensor"),
+    Fault("hopper-full-wait", HOPPER, SPIN, -1, "", "in-flight", "wgmma"),
     # transaction counts and arrivals
     Fault("hopper-expect-less", HOPPER, EXPECT, 0, r"\g<1>8192;", "in-flight", "wgmma"),
     Fault("hopper-expect-more", HOPPER, EXPECT, 0, r"\g<1>16400;", "deadlock", "try_wait"),
@@ -241,6 +244,7 @@ NUMBERS = [
     Fault("gradient-trans", GRADIENT, r"\.trans\.", 0, ".", "", ""),
     Fault("gradient-trans-later", GRADIENT, r"\.trans\.", 5, ".", "", ""),
     Fault("lora80-swizzle-read", LORA_80, r"xor\.b32", 2, "or.b32", "", ""),
+    Fault("hopper-descriptor", HOPPER, "4611686293305294848", 0, "4611686293305294849", "", ""),
     Fault(
         "hopper-accumulate",
         HOPPER,

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -50,7 +51,7 @@ def test_freshly_compiled_kernels(tmp_path) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
     command = [sys.executable, "-m", f"{__package__}.kernels.compile", str(tmp_path)]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
     for case in CASES:
         file = tmp_path / f"{case.fixture}.ptx"
         if file.exists():

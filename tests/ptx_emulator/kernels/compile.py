@@ -56,7 +56,7 @@ def _triton_kernels():
         "K": "i32",
         "scaling": "fp32",
     }
-    for capability in (80, 90, 100, 120):
+    for capability in (80, 86, 89, 90, 100, 120):
         yield f"lora_bf16_{capability}", k.lora_kernel, lora, TILE | {"R": 16}, capability, 4, 3
     for kind in ("fp16", "fp32"):
         for capability in (80, 90, 100):
