@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .registers import Group
+from .states import EXITED
 
 if TYPE_CHECKING:
     from .machine import Machine
-
-EXITED = 2
 
 
 @dataclass

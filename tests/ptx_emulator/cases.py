@@ -14,7 +14,7 @@ import torch
 from . import TOGETHER, Report, Schedule, TensorMap, Uninitialised, parse, run
 from .instruction import Kernel
 from .syntax import Module
-from .testing import bits, launch_of, module
+from .testing import bits, launch_of, module, relative_error
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -27,8 +27,7 @@ class Outcome:
 
     @property
     def error(self) -> float:
-        difference = (self.result.double() - self.truth.double()).abs().max()
-        return float(difference / self.truth.double().abs().max())
+        return relative_error(self.result, self.truth)
 
 
 @dataclass

@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .states import EXITED
+
 if TYPE_CHECKING:
     from .machine import Machine
 
-_EXITED = 2
 _MOST_LINES = 12
 
 
 def report_deadlock(machine: Machine) -> None:
     machine.group = None
-    live = np.nonzero(machine.status != _EXITED)[0]
+    live = np.nonzero(machine.status != EXITED)[0]
     states: dict[tuple[int, int, str], list[int]] = {}
     for lane in live.tolist():
         place = lane // machine.block_lanes, int(machine.pc[lane]), machine.why(lane)

@@ -27,12 +27,12 @@ from .registers import Group, RegisterFile
 from .report import EmulationStopped, Finding, Report, UnknownInstruction
 from .schedule import Picker, Schedule
 from .special import SpecialRegisters
+from .states import ARRIVED, BLOCKED, EXITED, READY
 from .syntax import Module
 from .tensor_memory import TensorMemory
 from .traffic import Traffic
 from .warpgroups import WarpgroupQueues
 
-READY, BLOCKED, EXITED, ARRIVED = 0, 1, 2, 3  # ARRIVED: counted at a barrier, waits for others
 _FAR = np.int32(2**31 - 1)
 _STALL_ROUNDS = 40
 MAX_FINDINGS = 50

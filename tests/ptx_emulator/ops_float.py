@@ -12,7 +12,6 @@ import numpy as np
 
 from .decode import Modifiers, Operation, opcode, operand_count
 from .instruction import Instruction
-from .ptx_types import numpy_type
 from .report import UnknownInstruction
 from .rounding import from_float, round_f64_to_f32, to_float
 
@@ -268,7 +267,3 @@ def comparison(mods: Modifiers, kind: str):
         return _ORDERED[name](a, b) & ~unordered
 
     return compare
-
-
-def float_type_size(kind: str) -> int:
-    return numpy_type(kind).itemsize

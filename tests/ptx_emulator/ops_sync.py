@@ -10,6 +10,7 @@ from .decode import Modifiers, Operation, gate, opcode, operand_count
 from .instruction import Imm, Instruction
 from .registers import Group
 from .report import UnknownInstruction
+from .states import EXITED
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -163,7 +164,7 @@ def masked_gate(machine: Machine, ins: Instruction, operand) -> Operation:
             lanes = group.lanes[mine]
             if not np.isin(lanes, members).all():
                 machine.find("divergence", "a lane is not in its own member mask", mine)
-            live = members[machine.status[members] != 2]
+            live = members[machine.status[members] != EXITED]
             if (machine.pc[live] == order).all():
                 machine.release(live)
             else:

@@ -184,7 +184,7 @@ class SharedTracker:
     def engine_load(self, lane: int, cells: np.ndarray, column: int, tick: int, what: str) -> None:
         """An engine, started by the machine lane `lane`, reads granules `cells` (unique)."""
         team, member = self.machine.team_and_member(lane)
-        self._engine_after_write(team, member, cells, what, fence=True)
+        self._engine_after_write(team, member, cells, what)
         if column not in self.engines:
             self.engines.append(column)
             self.engine_read.append(np.zeros(len(self.writer), np.int32))
@@ -193,7 +193,7 @@ class SharedTracker:
 
     def engine_store(self, lane: int, cells: np.ndarray, column: int, tick: int, what: str) -> None:
         team, member = self.machine.team_and_member(lane)
-        self._engine_after_write(team, member, cells, what, fence=True)
+        self._engine_after_write(team, member, cells, what)
         reader, read = self.reader[cells], self.read[cells]
         unordered = ~self.clocks.knows(team, member, reader, read) & (reader != member)
         self._engine_report(
@@ -213,7 +213,7 @@ class SharedTracker:
         self.strong[cells] = False
         self.write_at[cells] = self.machine.at.index
 
-    def _engine_after_write(self, team, member, cells, what: str, fence: bool) -> None:
+    def _engine_after_write(self, team, member, cells, what: str) -> None:
         writer, tick = self.writer[cells], self.written[cells]
         known = self.clocks.knows(team, member, writer, tick) | (writer < 0)
         generic = (writer >= 0) & (writer < self.clocks.lanes)
@@ -230,20 +230,19 @@ class SharedTracker:
         self._engine_report(
             unordered, cells, self.write_at, "race", f"{what} not ordered after the store"
         )
-        if fence:
-            ordered = generic & (known | mine) & (tick != NEVER)
-            crossed = self.clocks.crossed(team, member, np.where(generic, writer, 0), tick)
-            bad = ordered & ~crossed
-            for place in np.unique(self.write_at[cells[bad]]).tolist():
-                if self.machine.instruction(place).opcode == "tcgen05":
-                    bad &= self.write_at[cells] != place  # tcgen05.alloc is no generic store
-            self._engine_report(
-                bad,
-                cells,
-                self.write_at,
-                "missing-proxy-fence",
-                f"{what} without fence.proxy.async since the store",
-            )
+        ordered = generic & (known | mine) & (tick != NEVER)
+        crossed = self.clocks.crossed(team, member, np.where(generic, writer, 0), tick)
+        bad = ordered & ~crossed
+        for place in np.unique(self.write_at[cells[bad]]).tolist():
+            if self.machine.instruction(place).opcode == "tcgen05":
+                bad &= self.write_at[cells] != place  # tcgen05.alloc is no generic store
+        self._engine_report(
+            bad,
+            cells,
+            self.write_at,
+            "missing-proxy-fence",
+            f"{what} without fence.proxy.async since the store",
+        )
 
     def _engine_report(self, bad, cells, places, kind: str, message: str) -> None:
         if bad.any():

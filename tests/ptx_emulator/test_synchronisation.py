@@ -280,3 +280,23 @@ def test_bank_conflicts_are_counted() -> None:
     text = kernel(body, 0, declarations=".extern .shared .align 16 .b8 smem[];")
     counters = run(text, "k", 1, 32, [], shared=4096, counters=True).check().counters
     assert (counters.shared_wavefronts, counters.ideal_wavefronts) == (32, 1)
+
+
+def test_generic_store_to_global_then_asynchronous_read() -> None:
+    x = np.zeros(32, np.uint32)
+    copy = """@%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r5+128],
+        [%a0], 128, [%r5];"""
+    body = (
+        START.replace("COUNT", "1")
+        + "@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [smem], 128; mov.u32 %r5, smem;"
+        + "mul.wide.u32 %w, %t, 4; add.s64 %d1, %a0, %w; st.global.b32 [%d1], %t; FENCE bar.sync 0;"
+        + copy
+        + WAIT.replace("PARITY", "0")
+    )
+    fence = "fence.proxy.async.global;"
+    assert findings(body.replace("FENCE", fence), x, shared=256).ok
+    report = findings(body.replace("FENCE", ""), x, shared=256)
+    assert report.kinds() == {"missing-proxy-fence"}
+    assert "st.global.b32" in report.findings[0].message
+    late = body.replace("FENCE", "").replace(copy, fence + copy)
+    assert findings(late, x, shared=256).ok, "the reader may fence instead, after the barrier"
