@@ -52,14 +52,22 @@ def build(machine: Machine, ins: Instruction) -> Operation:
     builder = _OPERATIONS.get(ins.opcode)
     if builder is None:
         raise UnknownInstruction(ins)
-    return builder(machine, ins)
+    return _called(builder, machine, ins)
+
+
+def _called(builder: Builder, machine: Machine, ins: Instruction) -> Operation:
+    """Operands that a builder did not expect are an unknown form of the instruction."""
+    try:
+        return builder(machine, ins)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UnknownInstruction(ins, f"operands: {error}") from error
 
 
 def build_gate(machine: Machine, ins: Instruction) -> Operation:
     builder = _GATES.get(ins.opcode)
     if builder is None:
         raise UnknownInstruction(ins)
-    return builder(machine, ins)
+    return _called(builder, machine, ins)
 
 
 class Modifiers:

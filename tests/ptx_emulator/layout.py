@@ -137,7 +137,9 @@ def access_granule(kernel: Kernel, space: str, largest: int) -> int:
             space in spaces or not spaces & {"global", "shared", "local", "param", "const"}
         ):
             sizes.append(access_size(ins))
-        elif ins.opcode == "cp" and "bulk" not in spaces and space == "shared" in spaces:
+        elif (
+            ins.opcode == "cp" and not spaces & {"bulk", "mbarrier"} and space == "shared" in spaces
+        ):
             sizes.append(ins.operands[2].value)
     return min(sizes)
 

@@ -31,6 +31,8 @@ def copy(machine: Machine, ins: Instruction) -> Operation:
     if mods.take("commit_group"):
         mods.done()
         return lambda group: machine.async_work.commit(group.lanes)
+    if mods.take("mbarrier"):
+        return _arrive_on(machine, ins, mods)
     if mods.take("wait_all"):
         mods.done()
         return lambda group: machine.async_work.wait(group.lanes, None)
@@ -39,6 +41,33 @@ def copy(machine: Machine, ins: Instruction) -> Operation:
         newest = constant(ins, 0)
         return lambda group: machine.async_work.wait(group.lanes, newest)
     return _copy(machine, ins, mods)
+
+
+def _arrive_on(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:
+    """cp.async.mbarrier.arrive{.noinc}: arrive when the thread's earlier copies are complete.
+
+    Without `.noinc` the pending count is raised first, so the arrival changes nothing."""
+    mods.need("arrive")
+    counted = bool(mods.take("noinc"))
+    space = mods.take("shared", "shared::cta")
+    mods.need("b64")
+    mods.done()
+    operand_count(ins, 1)
+    resolve = Resolver(machine, ins, memory_operand(ins, 0), space)
+
+    def run(group: Group) -> None:
+        for lane, at in zip(group.lanes.tolist(), resolve(group)[1].tolist(), strict=True):
+            machine.mbarriers.get(lane, at)
+            lanes = np.array([lane])
+
+            def land(lanes: np.ndarray = lanes, at: int = at) -> None:
+                machine.async_work.wait(lanes, None)
+                if counted:
+                    machine.mbarriers.arrive(lanes, at, 1, 0, True)
+
+            machine.async_work.submit(Job(ins, lane // machine.team_lanes, land))
+
+    return run
 
 
 def constant(ins: Instruction, position: int) -> int:
@@ -53,18 +82,19 @@ def _copy(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:
     cache = mods.need("ca", "cg")
     target = mods.need("shared", "shared::cta")
     mods.need("global")
-    if mods.take("L2::cache_hint"):
-        raise UnknownInstruction(ins, "cache policy operand")
+    policy = bool(mods.take("L2::cache_hint"))
     for hint in [m for m in mods.left if m.startswith("L2::")]:
         mods.take(hint)
     mods.done()
-    operand_count(ins, 3, 4)
+    operands = ins.operands[:-1] if policy else ins.operands
+    if len(operands) not in (3, 4):
+        raise UnknownInstruction(ins, f"{len(operands)} operands")
     size = constant(ins, 2)
     if size not in (4, 8, 16) or (cache == "cg" and size != 16):
         raise UnknownInstruction(ins, f"{size} bytes")
     to = Resolver(machine, ins, memory_operand(ins, 0), target)
     source = Resolver(machine, ins, memory_operand(ins, 1), "global")
-    take = machine.registers.source(ins, ins.operands[3], "u32") if len(ins.operands) > 3 else None
+    take = machine.registers.source(ins, operands[3], "u32") if len(operands) > 3 else None
 
     def run(group: Group) -> None:
         _, at = to(group)

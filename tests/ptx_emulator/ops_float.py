@@ -267,3 +267,15 @@ def comparison(mods: Modifiers, kind: str):
         return _ORDERED[name](a, b) & ~unordered
 
     return compare
+
+
+@opcode("copysign")
+def copy_sign(machine: Machine, ins: Instruction) -> Operation:
+    """The sign of a with the value of b."""
+    mods = Modifiers(ins)
+    kind = mods.need("f32", "f64")
+    mods.done()
+    operand_count(ins, 3)
+    sign, value = (machine.registers.source(ins, operand, kind) for operand in ins.operands[1:])
+    put = machine.registers.target(ins, ins.operands[0], kind)
+    return lambda group: put(group, np.copysign(value(group), sign(group)))

@@ -128,6 +128,19 @@ def write(machine: Machine, lanes, space, at: np.ndarray, values: np.ndarray, st
         tracker.overlaps(lanes, at, size, same)
 
 
+@opcode("createpolicy")
+def create_policy(machine: Machine, ins: Instruction) -> Operation:
+    """A cache policy is opaque; here it is zero."""
+    mods = Modifiers(ins)
+    mods.need("fractional")
+    mods.need(*(f"L2::evict_{kind}" for kind in ("last", "normal", "first", "unchanged")))
+    mods.take("L2::evict_unchanged", "L2::evict_first")
+    mods.need("b64")
+    mods.done()
+    put = machine.registers.target(ins, ins.operands[0], "b64")
+    return lambda group: put(group, np.uint64(0))
+
+
 @opcode("prefetch", "prefetchu", "discard", "applypriority")
 def hint(machine: Machine, ins: Instruction) -> Operation:
     """Hints without effect on values; `discard` would have one and is not known."""

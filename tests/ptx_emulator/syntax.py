@@ -217,7 +217,7 @@ class _KernelParser:
             self._instruction(text, line)
 
     def _registers(self, text: str) -> None:
-        match = re.match(r"\.reg\s+\.(\w+)\s+(.*)$", text, re.S)
+        match = re.match(r"\.reg\s*\.(\w+)\s+(.*)$", text, re.S)
         if match is None:
             raise PtxSyntaxError(f"cannot read {text!r}")
         for name in re.split(r"\s*,\s*", match[2].strip()):

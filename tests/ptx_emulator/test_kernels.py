@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from . import EVERY_SCHEDULE, Schedule
+from . import EVERY_SCHEDULE, Schedule, Uninitialised, run
 from .cases import Case, matrix_cases, other_cases
-from .testing import fixture, on_schedules
+from .testing import bits, fixture, module, on_schedules
 
 CASES = matrix_cases() + other_cases()
 QUICK = (Schedule("together", "early"), Schedule("forward", "late"))
@@ -84,3 +85,12 @@ def test_speed(size: int, limit: float) -> None:
 
 def test_fixtures_name_their_sources() -> None:
     assert ".loc" in fixture("tile_gemm") and "tile_gemm.cu" in fixture("tile_gemm")
+
+
+def test_transpose_through_ldmatrix() -> None:
+    x = torch.randn(32, 48).bfloat16()
+    y = torch.zeros(48, 32).bfloat16()
+    args = [bits(x), Uninitialised(bits(y)), 32, 48]
+    for schedule in QUICK:
+        run(module("tile_gemm"), "transpose", (4, 6), 32, args, schedule=schedule).check()
+        assert torch.equal(y, x.T)

@@ -307,3 +307,20 @@ def test_short_source_is_zero_filled() -> None:
 
 def test_copy_left_at_exit() -> None:
     only(findings(COPY, words(), shared=128), "leftover")
+
+
+def test_copies_arrive_on_an_mbarrier() -> None:
+    body = (
+        SLOT
+        + ADDRESS
+        + """setp.eq.u32 %p1, %t, 0; @%p1 mbarrier.init.shared::cta.b64 [smem+256], 32; bar.sync 0;
+        createpolicy.fractional.L2::evict_first.b64 %d9;
+        cp.async.ca.shared.global.L2::cache_hint [%r1], [%d1], 4, %d9;
+        cp.async.mbarrier.arrive.noinc.shared.b64 [smem+256]; WAIT:
+        mbarrier.try_wait.parity.shared::cta.b64 %p2, [smem+256], 0; @!%p2 bra WAIT;
+        xor.b32 %r4, %r1, 124; ld.shared.b32 %r3, [%r4]; st.global.b32 [%d1], %r3;"""
+    )
+    for schedule in EVERY_SCHEDULE:
+        x = words()
+        findings(body, x, shared=264, schedule=schedule).check()
+        assert x.tolist() == list(range(31, -1, -1))

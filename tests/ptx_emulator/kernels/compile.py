@@ -13,7 +13,12 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CUDA = {"tile_gemm": "sm_80", "hopper_gemm": "sm_90a", "blocks": "sm_80"}
+CUDA = {
+    "tile_gemm": "sm_80",
+    "hopper_gemm": "sm_90a",
+    "blocks": "sm_80",
+    "arithmetic": "sm_90",
+}
 TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
 
 

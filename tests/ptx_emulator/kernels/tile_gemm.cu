@@ -71,7 +71,7 @@ tile_gemm(const __nv_bfloat16* x, const __nv_bfloat16* w, __nv_bfloat16* y, int 
     }
 }
 
-// y[K, M] = x[M, K]^T for one 32 x 32 tile per warp, through ldmatrix.trans.
+// y[K, M] = x[M, K]^T for one 8 x 8 tile per warp, through ldmatrix.trans.
 extern "C" __global__ void __launch_bounds__(32) transpose(const uint4* x, uint32_t* y, int M, int K) {
   __shared__ __align__(16) uint4 tile[8];
   uint32_t r, at = (uint32_t)__cvta_generic_to_shared(tile + threadIdx.x % 8);
