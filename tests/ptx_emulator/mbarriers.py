@@ -56,6 +56,12 @@ class TransactionBarriers:
         for lane, tick in zip(lanes.tolist(), self.machine.ticks(lanes).tolist(), strict=True):
             self.init_fences[lane] = tick
 
+    def overwritten(self, at: np.ndarray, size: int) -> np.ndarray:
+        """Which of these stores hit a live object (8 bytes each)."""
+        objects = np.fromiter(self.objects, np.int64, len(self.objects))
+        distance = at[:, None] - objects
+        return ((distance < 8) & (distance > -size)).any(axis=1)
+
     def column(self, at: int) -> int:
         """The clock column of asynchronous writes that signal this object."""
         machine = self.machine

@@ -110,6 +110,10 @@ def write(machine: Machine, lanes, space, at: np.ndarray, values: np.ndarray, st
     tracker = None
     if space is machine.shared:
         tracker = machine.shared_races
+        if machine.mbarriers.objects:
+            hit = machine.mbarriers.overwritten(at, size)
+            if hit.any():
+                machine.find("mbarrier", "store over a live mbarrier object", hit)
     elif space is machine.memory:
         tracker = machine.races
     elif space is machine.params:

@@ -300,3 +300,12 @@ def test_generic_store_to_global_then_asynchronous_read() -> None:
     assert "st.global.b32" in report.findings[0].message
     late = body.replace("FENCE", "").replace(copy, fence + copy)
     assert findings(late, x, shared=256).ok, "the reader may fence instead, after the barrier"
+
+
+def test_store_over_an_mbarrier() -> None:
+    body = "mbarrier.init.shared::cta.b64 [smem+8], 1; st.shared.b32 [smem+OFFSET], 1;"
+    for offset, kinds in ((4, set()), (8, {"mbarrier"}), (12, {"mbarrier"}), (16, set())):
+        report = findings(body.replace("OFFSET", str(offset)), threads=1, shared=32)
+        assert report.kinds() == kinds
+    ended = body.replace("st.shared", "mbarrier.inval.shared::cta.b64 [smem+8]; st.shared")
+    assert findings(ended.replace("OFFSET", "8"), threads=1, shared=32).ok
