@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(128) histogram(const uint32_t* x, u
 
 // A persistent pair of phases: tile t of `middle` is x + 1; out needs the tile of the block before.
 extern "C" __global__ void __launch_bounds__(64)
-relay(const float* x, float* middle, float* out, unsigned* flags, int tiles) {
+    relay(const float* x, float* middle, float* out, unsigned* flags, int tiles) {
   for (int t = blockIdx.x; t < tiles; t += gridDim.x) {
     middle[t * 64 + threadIdx.x] = x[t * 64 + threadIdx.x] + 1.f;
     __threadfence();
@@ -79,14 +79,29 @@ extern "C" __global__ void __launch_bounds__(64) scramble(const int* x, long lon
   for (int j = 0; j <= steps; j++) {
     int v = stack[(x[i] + j) & 15];
     switch (v & 7) {
-      case 0: total += v; break;
-      case 1: total -= v; break;
-      case 2: total ^= v; break;
-      case 3: total += v / 3; break;
-      case 4: total += v % 5; break;
-      case 5: total += (long long)v * v; break;
-      case 6: total += __popc(v); break;
-      default: total += __clz(v);
+      case 0:
+        total += v;
+        break;
+      case 1:
+        total -= v;
+        break;
+      case 2:
+        total ^= v;
+        break;
+      case 3:
+        total += v / 3;
+        break;
+      case 4:
+        total += v % 5;
+        break;
+      case 5:
+        total += (long long)v * v;
+        break;
+      case 6:
+        total += __popc(v);
+        break;
+      default:
+        total += __clz(v);
     }
   }
   out[i] = total / (steps + 1);

@@ -18,7 +18,8 @@ __device__ void load_matrices(uint32_t (&r)[4], uint32_t at) {
 }
 __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -32,7 +33,7 @@ __device__ void load_tile(uint32_t to, const __nv_bfloat16* from, int rows, int 
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-tile_gemm(const __nv_bfloat16* x, const __nv_bfloat16* w, __nv_bfloat16* y, int M, int N, int K) {
+    tile_gemm(const __nv_bfloat16* x, const __nv_bfloat16* w, __nv_bfloat16* y, int M, int N, int K) {
   __shared__ __align__(128) uint8_t tiles[STAGES][2][TILE];
   uint32_t base = (uint32_t)__cvta_generic_to_shared(tiles);
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -67,7 +68,8 @@ tile_gemm(const __nv_bfloat16* x, const __nv_bfloat16* w, __nv_bfloat16* y, int 
     for (int half = 0; half < 2; half++) {
       int row = row0 + warp * 16 + lane / 4 + half * 8, column = column0 + j * 8 + lane % 4 * 2;
       if (row < M && column < N)
-        *(__nv_bfloat162*)(y + size_t(row) * N + column) = __floats2bfloat162_rn(sum[j][half * 2], sum[j][half * 2 + 1]);
+        *(__nv_bfloat162*)(y + size_t(row) * N + column) =
+            __floats2bfloat162_rn(sum[j][half * 2], sum[j][half * 2 + 1]);
     }
 }
 
