@@ -1,0 +1,74 @@
+"""The blocks of a program as closures: what waits before each, what runs in it, what ends it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import decode
+from .instruction import Instruction
+from .program import Block, is_branch
+from .registers import Group
+from .report import UnknownInstruction
+
+if TYPE_CHECKING:
+    from .machine import Machine
+
+
+class Code:
+    """Parallel lists, indexed by the order number of a block.
+
+    `ends` holds (instruction, guard, target): the guard is None when unconditional, the target
+    a function of the group, or None for the end of the thread."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.bodies: list[list[tuple]] = []
+        self.gates: list[decode.Operation | None] = []
+        self.gate_guards: list = []
+        self.ends: list[tuple] = []
+        for block in machine.program.blocks:
+            self._add(block)
+
+    def _add(self, block: Block) -> None:
+        body = block.instructions
+        branch = is_branch(block.end)
+        self.bodies.append(
+            [
+                (ins, decode.build(self.machine, ins), self._guard(ins))
+                for ins in (body[:-1] if branch else body)
+            ]
+        )
+        gate = None
+        if block.gate == "self":
+            gate = decode.build_gate(self.machine, body[0])
+        elif block.gate:
+            gate = self.machine.gathering(128 if block.gate == "warpgroup" else 32)
+        self.gates.append(gate)
+        self.gate_guards.append(self._guard(body[0]))
+        self.ends.append(self._end(block.end) if branch else (None, None, None))
+
+    def _guard(self, ins: Instruction):
+        return self.machine.registers.source(ins, ins.guard, "pred") if ins.guard else None
+
+    def _end(self, end: Instruction) -> tuple:
+        program = self.machine.program
+        if end.opcode == "bra":
+            if set(end.modifiers) - {"uni"}:
+                raise UnknownInstruction(end)
+            target = program.target(end.operands[0].name)
+            return end, self._guard(end), lambda group: target
+        if end.opcode == "brx":
+            if end.modifiers not in (("idx",), ("idx", "uni")):
+                raise UnknownInstruction(end)
+            labels = self.machine.kernel.tables[end.operands[1].name]
+            table = np.array([program.target(label) for label in labels], np.int32)
+            index = self.machine.registers.source(end, end.operands[0], "u32")
+            return end, self._guard(end), lambda group: table[index(group)]
+        if end.modifiers not in ((), ("uni",)):
+            raise UnknownInstruction(end)
+        return end, self._guard(end), self._trap if end.opcode == "trap" else None
+
+    def _trap(self, group: Group) -> None:
+        self.machine.stop("trap", "the kernel executed trap", None)

@@ -1,0 +1,271 @@
+"""Races in global memory, within a cluster and across clusters.
+
+Clusters know of each other only through synchronisation on global memory ("Causality Order"):
+a release (`st.release`, `red.release`, or a strong write after a fence) leaves behind what its
+thread knows; an acquire of the same location takes it over.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .clocks import NEVER
+from .races import Same
+
+if TYPE_CHECKING:
+    from .machine import Machine
+
+Knowledge = dict[int, np.ndarray]  # cluster -> tick per lane of that cluster
+
+
+def merged(a: Knowledge, b: Knowledge) -> Knowledge:
+    result = dict(a)
+    for cluster, ticks in b.items():
+        result[cluster] = np.maximum(result[cluster], ticks) if cluster in result else ticks
+    return result
+
+
+class GlobalTracker:
+    def __init__(self, machine: Machine, size: int, granule: int) -> None:
+        self.machine = machine
+        self.clocks = machine.clocks
+        self.shift = granule.bit_length() - 1
+        count = size >> self.shift
+        self.writer = np.full(count, -1, np.int32)
+        self.written = np.zeros(count, np.int32)
+        self.strong = np.zeros(count, bool)
+        self.by_engine = np.zeros(count, bool)
+        self.write_at = np.zeros(count, np.int32)
+        # the last reader, and the last one of another cluster than that
+        self.reader = np.full((2, count), -1, np.int32)
+        self.read = np.zeros((2, count), np.int32)
+        self.read_at = np.zeros(count, np.int32)
+        self.knowledge: list[Knowledge] = [{}]
+        self.known_by = np.zeros(machine.lane_count, np.int32)
+        self.proxy_view = np.zeros(machine.lane_count, np.int32)
+        self.objects: dict[int, Knowledge] = {}
+        self.fences: dict[int, tuple[np.ndarray, int]] = {}
+        self.unfenced_reads: dict[int, set[int]] = {}
+
+    def granules(self, at: np.ndarray, size: int) -> np.ndarray:
+        first = at >> self.shift
+        count = max(size >> self.shift, 1)
+        return first[:, None] if count == 1 else first[:, None] + np.arange(count)
+
+    # ---- accesses --------------------------------------------------------------------------
+
+    def load(self, lanes, at, size: int, strong: bool = False, engine: bool = False) -> None:
+        cells = self.granules(at, size)
+        self._after_write(lanes, cells, strong, "load", None, engine)
+        uid = self.machine.thread_ids(lanes)
+        tick = self.machine.ticks(lanes)
+        before = self.reader[0, cells]
+        lanes_each = self.machine.cluster_threads
+        other = (before >= 0) & (before // lanes_each != (uid // lanes_each)[:, None])
+        if other.any():
+            moved = cells[other]
+            self.reader[1, moved] = self.reader[0, moved]
+            self.read[1, moved] = self.read[0, moved]
+        self.reader[0, cells] = uid[:, None]
+        self.read[0, cells] = tick[:, None]
+        self.read_at[cells] = self.machine.at.index
+
+    def store(
+        self,
+        lanes: np.ndarray,
+        at: np.ndarray,
+        size: int,
+        same: Same | None,
+        strong: bool = False,
+        engine: bool = False,
+    ) -> None:
+        cells = self.granules(at, size)
+        self._after_write(lanes, cells, strong, "store", same, engine)
+        for slot in (0, 1):
+            reader = self.reader[slot, cells]
+            if not strong and (reader >= 0).any():
+                self._check(
+                    lanes,
+                    cells,
+                    reader,
+                    self.read[slot, cells],
+                    "store not ordered after the load",
+                    self.read_at,
+                    same,
+                )
+        self.writer[cells] = self.machine.thread_ids(lanes)[:, None]
+        self.written[cells] = NEVER if engine else self.machine.ticks(lanes)[:, None]
+        self.by_engine[cells] = engine
+        self.strong[cells] = strong
+        self.write_at[cells] = self.machine.at.index
+
+    def landed(self, lane: int, cells: np.ndarray) -> None:
+        """A bulk store of `lane` was waited for."""
+        lanes = np.array([lane])
+        mine = cells[
+            (self.writer[cells] == self.machine.thread_ids(lanes)[0])
+            & (self.written[cells] == NEVER)
+        ]
+        self.written[mine] = self.machine.ticks(lanes)[0]
+
+    def overlaps(self, lanes: np.ndarray, at: np.ndarray, size: int, same: Same) -> None:
+        uid = self.machine.thread_ids(lanes)
+        lost = (self.writer[self.granules(at, size)] != uid[:, None]).any(axis=1)
+        if lost.any():
+            lost[lost] = ~same(lost)
+            if lost.any():
+                message = "lanes of one instruction store different values to the same bytes"
+                self.machine.find("global-race", message, lost)
+
+    def _after_write(self, lanes, cells, strong, access: str, same: Same | None, engine) -> None:
+        writer = self.writer[cells]
+        candidates = writer >= 0
+        if strong:
+            candidates &= ~self.strong[cells]
+        if candidates.any():
+            tick = self.written[cells]
+            writer = np.where(candidates, writer, -1)
+            message = f"{access} not ordered after the store"
+            self._check(lanes, cells, writer, tick, message, self.write_at, same)
+            if engine:
+                self._check_proxy(lanes, cells, writer, tick)
+
+    def _check(self, lanes, cells, other, tick, message: str, places, same: Same | None) -> None:
+        uid = np.broadcast_to(self.machine.thread_ids(lanes)[:, None], cells.shape)
+        row, column = np.nonzero((other >= 0) & (other != uid))
+        if not len(row):
+            return
+        other, tick = other[row, column], tick[row, column]
+        bad = ~self.ordered(lanes[row], other, tick)
+        if not bad.any():
+            return
+        rows = np.zeros(len(lanes), bool)
+        rows[row[bad]] = True
+        if same is not None:
+            rows[rows] = ~same(rows)
+            if not rows.any():
+                return
+        first = np.nonzero(bad & rows[row])[0][0]
+        cell = int(cells[row[first], column[first]])
+        place = self.machine.instruction(int(places[cell]))
+        where = self.machine.memory.describe(cell << self.shift)
+        who = self.machine.thread_name(int(other[first]))
+        self.machine.find(
+            "global-race", f"{message} of {who} at line {place.line} ({place.text}), {where}", rows
+        )
+
+    def _check_proxy(self, lanes, cells, writer, tick) -> None:
+        generic = (writer >= 0) & ~self.by_engine[cells]
+        row, column = np.nonzero(generic)
+        if not len(row):
+            return
+        bad = ~self._crossed(lanes[row], writer[row, column], tick[row, column])
+        if bad.any():
+            cell = int(cells[row[bad][0], column[bad][0]])
+            place = self.machine.instruction(int(self.write_at[cell]))
+            self.machine.find(
+                "missing-proxy-fence",
+                f"asynchronous read without fence.proxy.async since the store at line {place.line}"
+                f" ({place.text}), {self.machine.memory.describe(cell << self.shift)}",
+                None,
+            )
+
+    def _crossed(self, lanes: np.ndarray, writer: np.ndarray, tick: np.ndarray) -> np.ndarray:
+        """A fence.proxy.async after the store: by its writer, or by the reader once ordered."""
+        done = tick <= self.machine.fence_ticks[writer]
+        view = self.clocks.fence_view
+        if view is not None:
+            done |= self.ordered(lanes, writer, tick, self.proxy_view, view)
+        return done
+
+    def ordered(
+        self,
+        lanes: np.ndarray,
+        other: np.ndarray,
+        tick: np.ndarray,
+        known_by: np.ndarray | None = None,
+        known: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Whether accesses of threads `other` at `tick` happened before now, per lane."""
+        known_by = self.known_by if known_by is None else known_by
+        known = self.clocks.known if known is None else known
+        team, lane = self.machine.team_of(lanes)
+        each = self.machine.cluster_threads
+        cluster, column = other // each, other % each
+        mine = cluster == self.machine.cluster_of_team[team]
+        result = np.zeros(len(lanes), bool)
+        result[mine] = tick[mine] <= known[team[mine], lane[mine], column[mine]]
+        rest = np.nonzero(~mine)[0]
+        if len(rest):
+            pairs = np.stack([known_by[lanes[rest]], cluster[rest]])
+            kinds, which = np.unique(pairs, axis=1, return_inverse=True)
+            for n, (knowledge, where) in enumerate(kinds.T.tolist()):
+                ticks = self.knowledge[knowledge].get(where)
+                if ticks is not None:
+                    at = rest[which.ravel() == n]
+                    result[at] = tick[at] <= ticks[column[at]]
+        return result
+
+    # ---- synchronisation -------------------------------------------------------------------
+
+    def joined(self, lanes: np.ndarray) -> None:
+        """A barrier among `lanes` (of one cluster): all know what any knew."""
+        kinds = np.unique(self.known_by[lanes])
+        if len(kinds) > 1:
+            total: Knowledge = {}
+            for kind in kinds.tolist():
+                total = merged(total, self.knowledge[kind])
+            self._learn(lanes, total)
+
+    def _learn(self, lanes, knowledge: Knowledge) -> None:
+        self.knowledge.append(knowledge)
+        self.known_by[lanes] = len(self.knowledge) - 1
+
+    def fence(self, lanes: np.ndarray) -> None:
+        """`fence.acq_rel` and stronger: later strong writes release, earlier reads acquire."""
+        for lane in lanes.tolist():
+            for at in self.unfenced_reads.pop(lane, ()):
+                self._take(lane, self.objects[at])
+        team, member = self.machine.team_of(lanes)
+        rows = self.clocks.known[team, member, : self.clocks.lanes]
+        rows[np.arange(len(lanes)), member] = self.clocks.now[team, member]
+        self.clocks.now[team, member] += 1
+        for lane, row, known in zip(lanes.tolist(), rows, self.known_by[lanes], strict=True):
+            self.fences[lane] = (row, int(known))
+
+    def write(self, lane: int, at: int, release: bool, read_too: bool) -> None:
+        """A strong write (or read-modify-write) of one lane may release to later acquirers."""
+        team, member = self.machine.team_and_member(lane)
+        cluster = int(self.machine.cluster_of_team[team])
+        if release:
+            left = self.knowledge[self.known_by[lane]]
+            row = self.clocks.known[team, member, : self.clocks.lanes].copy()
+            row[member] = self.clocks.now[team, member]
+            self.clocks.now[team, member] += 1
+        elif lane in self.fences:
+            row, known = self.fences[lane]
+            left = self.knowledge[known]
+        else:
+            if not read_too:
+                self.objects.pop(at, None)
+            return
+        left = merged(left, {cluster: row})
+        self.objects[at] = merged(self.objects.get(at, {}), left) if read_too else left
+
+    def observe(self, lane: int, at: int, acquire: bool) -> None:
+        """A strong read of one lane may acquire what was released there."""
+        if at not in self.objects:
+            return
+        if acquire:
+            self._take(lane, self.objects[at])
+        else:
+            self.unfenced_reads.setdefault(lane, set()).add(at)
+
+    def _take(self, lane: int, left: Knowledge) -> None:
+        team, member = self.machine.team_and_member(lane)
+        own = left.get(int(self.machine.cluster_of_team[team]))
+        if own is not None:
+            self.clocks.acquire(team, np.array([member]), own)
+        self._learn(lane, merged(self.knowledge[self.known_by[lane]], left))
