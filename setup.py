@@ -1,11 +1,13 @@
 """Builds lora_fused._C with CMake and ninja.
 
-The native module is optional: without a C++ compiler, or on a machine that its kernels do not serve,
-the package installs without it and the `torch` backend serves every call. Set
+The native module is optional: without a C++ compiler, or on a machine that its kernels do not
+serve, the package installs without it and the `torch` backend serves every call. Set
 LORA_FUSED_REQUIRE_NATIVE=1 to turn a failed native build into an error.
 """
 
+import importlib
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -15,6 +17,14 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+
+def program(package: str, directory: str) -> str:
+    """A program from its PyPI package, which pip may leave off the PATH; else the system's."""
+    try:
+        return str(Path(getattr(importlib.import_module(package), directory)) / package)
+    except (ImportError, AttributeError):
+        return shutil.which(package) or package
 
 
 class CMakeBuild(build_ext):
@@ -34,11 +44,14 @@ class CMakeBuild(build_ext):
     def configure_and_build(self, output_dir: Path) -> None:
         import pybind11
 
-        build_dir = Path(self.build_temp).resolve()
-        build_dir.mkdir(parents=True, exist_ok=True)
+        # setuptools builds editable installs in a directory that it then removes; this one stays,
+        # so that an install compiles what has changed since the last one and no more.
+        build_dir = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        cmake = program("cmake", "CMAKE_BIN_DIR")
         subprocess.run(
             [
-                "cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja",
+                cmake, "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja",
+                f"-DCMAKE_MAKE_PROGRAM={program('ninja', 'BIN_DIR')}",
                 f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output_dir}",
                 f"-DPython_EXECUTABLE={sys.executable}",
@@ -48,11 +61,13 @@ class CMakeBuild(build_ext):
             ],
             check=True,
         )  # fmt: skip
-        subprocess.run(["cmake", "--build", str(build_dir)], check=True)
+        subprocess.run([cmake, "--build", str(build_dir)], check=True)
 
     def copy_extensions_to_source(self) -> None:
         """Editable installs copy what was built; a module that was not built is left out."""
-        built = [e for e in self.extensions if (Path(self.build_lib) / self.filename_of(e)).exists()]
+        built = [
+            e for e in self.extensions if (Path(self.build_lib) / self.filename_of(e)).exists()
+        ]
         self.extensions = built
         super().copy_extensions_to_source()
 

@@ -20,12 +20,14 @@ const Kernels& kernels_of(const std::string& isa) {
     if (isa == kernels->isa) return *kernels;
     names += (names.empty() ? "" : ", ") + std::string(kernels->isa);
   }
-  throw py::value_error("isa: got '" + isa + "', expected one that this CPU runs: " + (names.empty() ? "none" : names));
+  throw py::value_error("isa: got '" + isa +
+                        "', expected one that this CPU runs: " + (names.empty() ? "none" : names));
 }
 
 DType dtype_of(int code) {
   if (code < 0 || code > 2)
-    throw py::value_error("dtype: got code " + std::to_string(code) + ", expected 0 (fp32), 1 (bf16) or 2 (fp16)");
+    throw py::value_error("dtype: got code " + std::to_string(code) +
+                          ", expected 0 (fp32), 1 (bf16) or 2 (fp16)");
   return static_cast<DType>(code);
 }
 
@@ -49,50 +51,81 @@ Output output(Pointer data, i64 row_stride, i64 col_stride, DType dtype) {
   return {reinterpret_cast<void*>(data), row_stride, col_stride, dtype};
 }
 
-void matmul(const std::string& isa, int dtype, i64 M, i64 N, i64 K, i64 R, Pointer x, i64 x_sm, i64 x_sk, Pointer w,
-            i64 w_sk, i64 w_sn, Pointer packed, Pointer s, i64 s_sm, Pointer l, i64 l_sr, i64 l_sn, Pointer bias,
-            bool accumulate, u64 seed, i64 threshold, Pointer y, i64 y_sm, int threads) {
+void matmul(const std::string& isa, int dtype, i64 M, i64 N, i64 K, i64 R, Pointer x, i64 x_sm, i64 x_sk,
+            Pointer w, i64 w_sk, i64 w_sn, Pointer packed, Pointer s, i64 s_sm, Pointer l, i64 l_sr, i64 l_sn,
+            Pointer bias, bool accumulate, u64 seed, i64 threshold, Pointer y, i64 y_sm, int threads) {
   check_sizes(M, N, K, R, threads);
   const Kernels& kernels = kernels_of(isa);
   const DType type = dtype_of(dtype);
-  const MatmulArgs args{M, N, K, R, matrix(x, x_sm, x_sk), matrix(w, w_sk, w_sn), matrix(s, s_sm, 1),
-                        matrix(l, l_sr, l_sn), reinterpret_cast<const u32*>(packed),
-                        reinterpret_cast<const void*>(bias), accumulate, {seed, threshold_of(threshold), N},
-                        output(y, y_sm, 1, type), threads};
+  const MatmulArgs args{M,
+                        N,
+                        K,
+                        R,
+                        matrix(x, x_sm, x_sk),
+                        matrix(w, w_sk, w_sn),
+                        matrix(s, s_sm, 1),
+                        matrix(l, l_sr, l_sn),
+                        reinterpret_cast<const u32*>(packed),
+                        reinterpret_cast<const void*>(bias),
+                        accumulate,
+                        {seed, threshold_of(threshold), N},
+                        output(y, y_sm, 1, type),
+                        threads};
   py::gil_scoped_release release;
   kernels.matmul(type, args);
 }
 
-void shrink(const std::string& isa, int dtype, i64 M, i64 K, i64 R, Pointer x, i64 x_sm, i64 x_sk, Pointer a, i64 a_sr,
-            i64 a_sk, float scale, u64 seed, i64 threshold, Pointer s, int threads) {
+void shrink(const std::string& isa, int dtype, i64 M, i64 K, i64 R, Pointer x, i64 x_sm, i64 x_sk, Pointer a,
+            i64 a_sr, i64 a_sk, float scale, u64 seed, i64 threshold, Pointer s, int threads) {
   check_sizes(M, K, R, 0, threads);
   const Kernels& kernels = kernels_of(isa);
   const DType type = dtype_of(dtype);
-  const ShrinkArgs args{M, K, R, matrix(x, x_sm, x_sk), matrix(a, a_sr, a_sk), scale,
-                        {seed, threshold_of(threshold), K}, output(s, R, 1, type), threads};
+  const ShrinkArgs args{M,
+                        K,
+                        R,
+                        matrix(x, x_sm, x_sk),
+                        matrix(a, a_sr, a_sk),
+                        scale,
+                        {seed, threshold_of(threshold), K},
+                        output(s, R, 1, type),
+                        threads};
   py::gil_scoped_release release;
   kernels.shrink(type, args);
 }
 
-void shrink_reduce(const std::string& isa, int dtype, i64 M, i64 N, i64 R, Pointer dy, i64 dy_sm, i64 dy_sn, Pointer b,
-                   i64 b_sn, i64 b_sr, float scale, Pointer ds, Pointer s, Pointer db, int db_dtype, i64 db_sn,
-                   i64 db_sr, int threads) {
+void shrink_reduce(const std::string& isa, int dtype, i64 M, i64 N, i64 R, Pointer dy, i64 dy_sm, i64 dy_sn,
+                   Pointer b, i64 b_sn, i64 b_sr, float scale, Pointer ds, Pointer s, Pointer db,
+                   int db_dtype, i64 db_sn, i64 db_sr, int threads) {
   check_sizes(M, N, R, 0, threads);
   const Kernels& kernels = kernels_of(isa);
   const DType type = dtype_of(dtype);
-  const ShrinkReduceArgs args{M, N, R, matrix(dy, dy_sm, dy_sn), matrix(b, b_sn, b_sr), matrix(s, R, 1), scale,
-                              output(ds, R, 1, type), output(db, db_sn, db_sr, dtype_of(db_dtype)), threads};
+  const ShrinkReduceArgs args{M,
+                              N,
+                              R,
+                              matrix(dy, dy_sm, dy_sn),
+                              matrix(b, b_sn, b_sr),
+                              matrix(s, R, 1),
+                              scale,
+                              output(ds, R, 1, type),
+                              output(db, db_sn, db_sr, dtype_of(db_dtype)),
+                              threads};
   py::gil_scoped_release release;
   kernels.shrink_reduce(type, args);
 }
 
-void reduce(const std::string& isa, int dtype, i64 M, i64 K, i64 R, Pointer ds, Pointer x, i64 x_sm, i64 x_sk, u64 seed,
-            i64 threshold, Pointer da, int da_dtype, i64 da_sr, i64 da_sk, int threads) {
+void reduce(const std::string& isa, int dtype, i64 M, i64 K, i64 R, Pointer ds, Pointer x, i64 x_sm, i64 x_sk,
+            u64 seed, i64 threshold, Pointer da, int da_dtype, i64 da_sr, i64 da_sk, int threads) {
   check_sizes(M, K, R, 0, threads);
   const Kernels& kernels = kernels_of(isa);
   const DType type = dtype_of(dtype);
-  const ReduceArgs args{M, K, R, matrix(ds, R, 1), matrix(x, x_sm, x_sk), {seed, threshold_of(threshold), K},
-                        output(da, da_sr, da_sk, dtype_of(da_dtype)), threads};
+  const ReduceArgs args{M,
+                        K,
+                        R,
+                        matrix(ds, R, 1),
+                        matrix(x, x_sm, x_sk),
+                        {seed, threshold_of(threshold), K},
+                        output(da, da_sr, da_sk, dtype_of(da_dtype)),
+                        threads};
   py::gil_scoped_release release;
   kernels.reduce(type, args);
 }
@@ -102,7 +135,8 @@ i64 packed_bytes(const std::string& isa, int dtype, i64 K, i64 N) {
   return kernels_of(isa).packed_bytes(dtype_of(dtype), K, N);
 }
 
-void pack(const std::string& isa, int dtype, i64 K, i64 N, Pointer w, i64 w_sk, i64 w_sn, Pointer out, int threads) {
+void pack(const std::string& isa, int dtype, i64 K, i64 N, Pointer w, i64 w_sk, i64 w_sn, Pointer out,
+          int threads) {
   check_sizes(K, N, 0, 0, threads);
   const Kernels& kernels = kernels_of(isa);
   const DType type = dtype_of(dtype);
@@ -125,8 +159,8 @@ std::vector<std::string> names(const std::vector<const Kernels*>& list) {
 py::dict describe_cpu() {
   const CpuInfo info = cpu_info();
   using namespace py::literals;
-  return py::dict("vendor"_a = info.vendor, "family"_a = info.family, "model"_a = info.model, "brand"_a = info.brand,
-                  "flags"_a = info.flags);
+  return py::dict("vendor"_a = info.vendor, "family"_a = info.family, "model"_a = info.model,
+                  "brand"_a = info.brand, "flags"_a = info.flags);
 }
 
 }  // namespace

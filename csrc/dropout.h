@@ -1,13 +1,14 @@
 // The dropout generator: Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011;
-// 7 rounds is the fewest that passed BigCrush there). One definition for CPU and CUDA; lora_fused/reference.py
-// states the same in torch, and the tests hold the two together bit for bit.
+// 7 rounds is the fewest that passed BigCrush there). One definition for CPU and CUDA;
+// lora_fused/reference.py states the same in torch, and the tests hold the two together bit for bit.
 //
 //   key     = (seed lo, seed hi)
 //   counter = (index lo, index hi, 0, 0),  index = row * ceil(row_length / 8) + col / 8
 //   element col % 8 = e takes the 16 bits  (word[e / 2] >> 16 * (e % 2)) & 0xffff
 //   kept iff these bits >= threshold = round(p * 65536)
 //
-// The mask of an element depends on (seed, row, col, row_length) alone: no tiling or thread count can change it.
+// The mask of an element depends on (seed, row, col, row_length) alone: no tiling or thread count can change
+// it.
 #pragma once
 
 #include <cstdint>

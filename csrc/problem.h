@@ -27,8 +27,8 @@ struct Output {
   DType dtype = DType::f32;
 };
 
-// The dropout mask over a [rows, row_length] matrix: element (row, col) is kept iff its 16 random bits are >= threshold.
-// threshold = round(p * 65536); 0 keeps everything (no mask).
+// The dropout mask over a [rows, row_length] matrix: element (row, col) is kept iff its 16 random bits are >=
+// threshold. threshold = round(p * 65536); 0 keeps everything (no mask).
 struct Dropout {
   u64 seed = 0;
   u32 threshold = 0;

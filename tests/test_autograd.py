@@ -5,11 +5,11 @@ import weakref
 
 import pytest
 import torch
-from tests.conftest import Path
 from torch.autograd import forward_ad, gradcheck
 
 from lora_fused import lora_linear
 from lora_fused.testing import check_case, make_case, run_case
+from tests.conftest import Path
 
 NO_DOUBLE = r"lora_linear has no double backward \(create_graph=True\); nested torch.func.grad"
 

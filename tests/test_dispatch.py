@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import dataclasses
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -15,12 +15,12 @@ from pathlib import Path as FilePath
 
 import pytest
 import torch
-from tests.conftest import native_isas
 
 from lora_fused import FusedLoRALinear, autotune, dispatch, lora_linear
 from lora_fused.backends import cpu, cpu_rule, cpu_trial
 from lora_fused.config import Problem
 from lora_fused.testing import check_case, make_case
+from tests.conftest import native_isas
 
 needs_native = pytest.mark.skipif(not native_isas(), reason="this CPU runs no native kernels")
 PROBLEM = Problem(64, 32, 48, 4, torch.float32)
@@ -297,7 +297,9 @@ def a_cpu(vendor: str, isa: str, *flags: str) -> cpu.CpuInfo:
     return cpu.CpuInfo(isa, vendor, 6, 1, "a CPU", frozenset(flags))
 
 
-TILES = a_cpu("GenuineIntel", "amx_bf16", "avx2", "avx512", "avx512_bf16", "avx512_fp16", "amx_bf16")
+TILES = a_cpu(
+    "GenuineIntel", "amx_bf16", "avx2", "avx512", "avx512_bf16", "avx512_fp16", "amx_bf16"
+)
 TILES_FORCED_LOWER = a_cpu("GenuineIntel", "avx512_bf16", *TILES.flags)
 ZEN4 = a_cpu("AuthenticAMD", "avx512_bf16", "avx2", "avx512", "avx512_bf16")
 OLD = a_cpu("AuthenticAMD", "avx2", "avx2")

@@ -8,13 +8,13 @@ import math
 
 import pytest
 import torch
-from tests.conftest import Path, native_isas
 from torch.utils.checkpoint import checkpoint
 
 from lora_fused import FusedLoRALinear, lora_linear
 from lora_fused.backends import cpu
 from lora_fused.reference import dropout_threshold, keep_mask, philox_4x32
 from lora_fused.testing import check_case, make_case
+from tests.conftest import Path, native_isas
 
 ROWS, COLS = 512, 2048
 

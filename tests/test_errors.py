@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import Path
 from torch import Tensor, nn
 
 from lora_fused import FusedLoRALinear, LoRAWeights, lora_linear, lora_linear_group
+from tests.conftest import Path
 
 
 def arguments(**changes: Any) -> dict[str, Any]:

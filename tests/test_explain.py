@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.conftest import native_isas
 from torch import nn
 
 from lora_fused import FusedLoRALinear, dispatch, explain
 from lora_fused.backends import cpu
 from lora_fused.config import Config, Problem
+from tests.conftest import native_isas
 
 needs_native = pytest.mark.skipif(not native_isas(), reason="this CPU runs no native kernels")
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import Path
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lora_fused import functional, lora_linear
 from lora_fused.backends import BACKENDS
 from lora_fused.testing import Case, assert_close_to_ref, check_case, make_case, run_case
+from tests.conftest import Path
 
 Op = Callable[..., Any]
 M, K, N, R = 48, 512, 512, 16  # square, so that a wrong transposition still has the right shape

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.conftest import Path
 
 from lora_fused import lora_linear
 from lora_fused.testing import assert_close_to_ref, check_case, make_case
+from tests.conftest import Path
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (6,), (2, 3), (2, 1, 4), (0,), (2, 0, 3)], ids=str)

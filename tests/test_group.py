@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conftest import Path
 from torch import Tensor
 
 from lora_fused import FusedLoRALinear, LoRAWeights, lora_linear_group
 from lora_fused.backends import BACKENDS
 from lora_fused.reference import effective_scaling, keep_mask, lora_linear_ref
 from lora_fused.testing import assert_close_to_ref
+from tests.conftest import Path
 
 SIZES = ((48, 4), (24, 8), (24, 2))  # N, R of q, k, v
 K = 64

@@ -9,12 +9,12 @@ import warnings
 
 import pytest
 import torch
-from tests.conftest import Path, native_isas
 from torch import nn
 
 from lora_fused import FusedLoRALinear
 from lora_fused.backends import cpu
 from lora_fused.merged import fingerprint
+from tests.conftest import Path, native_isas
 
 needs_native = pytest.mark.skipif(not native_isas(), reason="this CPU runs no native kernels")
 

@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
-from tests.conftest import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_fused import autograd, dispatch, lora_linear
 from lora_fused.config import GRADIENT_NAMES, Call
 from lora_fused.testing import assert_close_to_ref, check_case, check_cases, make_case, run_case
+from tests.conftest import Path
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [  # M, K, N, R

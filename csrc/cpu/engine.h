@@ -18,8 +18,8 @@ struct Segment {
   const u32* next = nullptr;  // rows that are wanted soon, contiguous, fetched meanwhile; or null
 };
 
-// NOTE: a skinny product waits for its rows. Reading the next tile's rows ahead in the order of memory keeps one stream
-// that the hardware follows, where the tile itself reads a page per row.
+// NOTE: a skinny product waits for its rows. Reading the next tile's rows ahead in the order of memory keeps
+// one stream that the hardware follows, where the tile itself reads a page per row.
 template <int kLines>
 LORA_FUSED_INLINE void prefetch_lines(const u32* p) {
 #pragma GCC unroll 32
@@ -43,8 +43,9 @@ LORA_FUSED_INLINE void add_words(const Segment& segment, i64 first, i64 last, Ve
   }
 }
 
-// Words that one chain of additions spans. NOTE: the rounding error grows with the chain; 128 keeps fp32 within that of
-// the vendor's GEMM at every shape (its own chains are that short for few rows), at 2 % of the time.
+// Words that one chain of additions spans. NOTE: the rounding error grows with the chain; 128 keeps fp32
+// within that of the vendor's GEMM at every shape (its own chains are that short for few rows), at 2 % of the
+// time.
 constexpr i64 kSumWords = 128;
 
 template <int kRows, int kVectors>
@@ -83,18 +84,20 @@ template <bool kPairs>
 struct VectorEngine {
   static constexpr bool kIsPairs = kPairs;
   static constexpr i64 kRows = kLanes == 16 ? 14 : 6;  // rows of a tile
-  static constexpr i64 kDirectRows = kLanes == 16 ? 8 : 6;  // rows of a tile that is read where it is: see gemm.h
-  static constexpr i64 kDirectColumns = 2 * kPanel;         // rows are read where they are if the columns are few
-  static constexpr i64 kRowPad = 1;                    // packed rows come in multiples of this
-  static constexpr i64 kWordPad = 1;                   // packed words come in multiples of this
-  static constexpr i64 kBlockWords = 1024;             // contraction block
-  static constexpr i64 kPanelBytes = i64{512} << 10;   // panels of one job: a part of the second-level cache
+  static constexpr i64 kDirectRows =
+      kLanes == 16 ? 8 : 6;                           // rows of a tile that is read where it is: see gemm.h
+  static constexpr i64 kDirectColumns = 2 * kPanel;   // rows are read where they are if the columns are few
+  static constexpr i64 kRowPad = 1;                   // packed rows come in multiples of this
+  static constexpr i64 kWordPad = 1;                  // packed words come in multiples of this
+  static constexpr i64 kBlockWords = 1024;            // contraction block
+  static constexpr i64 kPanelBytes = i64{512} << 10;  // panels of one job: a part of the second-level cache
 
   static void begin() {}
   static void end() {}
 
   // rows <= kRows, cols <= kPanel: columns behind the first vector are skipped where there are none.
-  static void tile(i64 rows, i64 cols, const Segment& first, const Segment& second, float* c, i64 ldc, bool acc) {
+  static void tile(i64 rows, i64 cols, const Segment& first, const Segment& second, float* c, i64 ldc,
+                   bool acc) {
     static constexpr Table functions = make_table();
     functions.entry[cols > kLanes][rows - 1](first, second, c, ldc, acc);
   }
@@ -141,7 +144,8 @@ struct AmxEngine {
   }
   static void end() { _tile_release(); }
 
-  static void tile(i64 rows, i64 cols, const Segment& first, const Segment& second, float* c, i64 ldc, bool acc) {
+  static void tile(i64 rows, i64 cols, const Segment& first, const Segment& second, float* c, i64 ldc,
+                   bool acc) {
     const bool tall = rows > 16, wide = cols > 16;
     if (acc) {
       load(tall, wide, c, ldc);

@@ -1,12 +1,13 @@
-// What a product is (struct Gemm), and how finished sums become y: mask, scale, bias, accumulation, rounding, any strides.
+// What a product is (struct Gemm), and how finished sums become y: mask, scale, bias, accumulation, rounding,
+// any strides.
 #pragma once
 
 #include "pack.h"
 
 namespace lora_fused::LORA_FUSED_ISA {
 
-// y[m,n] = (accumulate ? y[m,n] : 0) + scale * sum_k a[m,k] b[k,n] + keep(m,n) * sum_r s[m,r] l[r,n] + bias[n]
-// NOTE: scale goes with a product without a rank term only (shrink); the others have scale 1.
+// y[m,n] = (accumulate ? y[m,n] : 0) + scale * sum_k a[m,k] b[k,n] + keep(m,n) * sum_r s[m,r] l[r,n] +
+// bias[n] NOTE: scale goes with a product without a rank term only (shrink); the others have scale 1.
 struct Gemm {
   i64 M = 0, N = 0, K = 0, R = 0;
   Matrix a, b, s, l;
@@ -19,9 +20,10 @@ struct Gemm {
   i64 block_words = 1 << 20;  // at most this much contraction at a time, if less than the engine's own block
 };
 
-// sum += rank_sum where the mask keeps, for rows m..m+count and columns col0..col0+cols; rows `pitch` floats apart.
-static void add_kept(const Dropout& dropout, i64 m, i64 count, i64 col0, i64 cols, const float* rank_sum, float* sum,
-                     i64 pitch) {
+// sum += rank_sum where the mask keeps, for rows m..m+count and columns col0..col0+cols; rows `pitch` floats
+// apart.
+static void add_kept(const Dropout& dropout, i64 m, i64 count, i64 col0, i64 cols, const float* rank_sum,
+                     float* sum, i64 pitch) {
   for (i64 i = 0; i < count; ++i)
     for (i64 c0 = 0; c0 < cols; c0 += kKeepColumns) {
       u32 bits[kKeepColumns / 32];
@@ -58,13 +60,15 @@ static void write_rows(const Gemm& g, i64 m, i64 count, i64 col0, i64 cols, cons
   }
 }
 
-// A row of the sums is a column in memory: db, stored [N, R], is computed as its transpose. No bias, no accumulation.
+// A row of the sums is a column in memory: db, stored [N, R], is computed as its transpose. No bias, no
+// accumulation.
 template <class Y>
 static void write_columns(const Gemm& g, i64 m, i64 count, i64 col0, i64 cols, const float* sum, i64 pitch) {
   for (i64 c = 0; c < cols; c += kLanes)
     for (i64 i = 0; i < count; i += kLanes) {
       Words lanes[kLanes];
-      for (int j = 0; j < kLanes; ++j) lanes[j] = i + j < count ? words_load(sum + (i + j) * pitch + c) : words_zero();
+      for (int j = 0; j < kLanes; ++j)
+        lanes[j] = i + j < count ? words_load(sum + (i + j) * pitch + c) : words_zero();
       transpose(lanes);
       const i64 n = min(kLanes, count - i);
       for (i64 j = 0; j < min(kLanes, cols - c); ++j) {
@@ -87,13 +91,17 @@ static void write_as(const Gemm& g, i64 m, i64 count, i64 col0, i64 cols, const 
   write_columns<Y>(g, m, count, col0, cols, sum, pitch);
 }
 
-// Writes rows m..m+count, columns col0..col0+cols of y from sums whose rows are `pitch` floats apart (whole vectors).
+// Writes rows m..m+count, columns col0..col0+cols of y from sums whose rows are `pitch` floats apart (whole
+// vectors).
 template <class T>
 static void write_output(const Gemm& g, i64 m, i64 count, i64 col0, i64 cols, const float* sum, i64 pitch) {
   switch (g.y.dtype) {
-    case DType::f32: return write_as<T, float>(g, m, count, col0, cols, sum, pitch);
-    case DType::bf16: return write_as<T, BFloat16>(g, m, count, col0, cols, sum, pitch);
-    case DType::f16: return write_as<T, Float16>(g, m, count, col0, cols, sum, pitch);
+    case DType::f32:
+      return write_as<T, float>(g, m, count, col0, cols, sum, pitch);
+    case DType::bf16:
+      return write_as<T, BFloat16>(g, m, count, col0, cols, sum, pitch);
+    case DType::f16:
+      return write_as<T, Float16>(g, m, count, col0, cols, sum, pitch);
   }
 }
 

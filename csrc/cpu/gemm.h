@@ -4,10 +4,12 @@
 //
 //   rows of a are packed once for a chunk of M (shared by all threads)
 //   a job takes some strips of four panels:  for each contraction block: pack their panels of b,
-//                                              for each row tile, for each strip: multiply; after the last block: finish
+//                                              for each row tile, for each strip: multiply; after the last
+//                                              block: finish
 //   finish appends the rank-R term as R more contraction steps and writes y, rounded once
 //
-// Threads split the jobs; the order of every sum depends on the shapes alone, so results do not depend on threads.
+// Threads split the jobs; the order of every sum depends on the shapes alone, so results do not depend on
+// threads.
 #pragma once
 
 #include "engine.h"
@@ -18,7 +20,7 @@
 namespace lora_fused::LORA_FUSED_ISA {
 
 constexpr i64 kMaxPackedRows = i64{8} << 20;  // bytes
-constexpr i64 kRowPitchPad = 16;              // words; keeps equal columns of different rows out of one cache set
+constexpr i64 kRowPitchPad = 16;  // words; keeps equal columns of different rows out of one cache set
 
 // Words of a contraction of k elements, padded for the engine.
 template <class Engine>
@@ -32,7 +34,8 @@ class GemmRun {
   static constexpr i64 kElements = kPairs ? 2 : 1;
   static constexpr i64 kStrip = 4 * kPanel;  // columns that are finished together
   static constexpr i64 kTile = Engine::kRows * kStrip;
-  static constexpr bool kReadsWords = sizeof(T) * kElements == 4;  // elements of T are words as they are in memory
+  static constexpr bool kReadsWords =
+      sizeof(T) * kElements == 4;  // elements of T are words as they are in memory
 
  public:
   // Call on one thread, before the parallel region: reserves what the threads share.
@@ -44,19 +47,21 @@ class GemmRun {
     const i64 fitting = kMaxPackedRows / (pitch * 4) / Engine::kRows * Engine::kRows;
     chunk = min(max(fitting, Engine::kRows), round_up(g.M, Engine::kRows));
     // Tiles read kRows rows whatever they keep, hence the room behind the last one.
-    rows = static_cast<u32*>(scratch(Slot::rows, static_cast<std::size_t>((chunk + Engine::kRows) * pitch) * 4));
+    rows =
+        static_cast<u32*>(scratch(Slot::rows, static_cast<std::size_t>((chunk + Engine::kRows) * pitch) * 4));
     rank_rows = static_cast<u32*>(
         scratch(Slot::rank_rows, static_cast<std::size_t>((chunk + Engine::kRows) * rank_pitch) * 4));
     // One panel needs no blocks: it stays in the cache, and whole rows are read in the order of memory.
     const i64 limit = g.N <= kPanel ? g.block_words : min(g.block_words, Engine::kBlockWords);
     blocks = max(1, ceil_div(words, limit));
     block_words = max(16, round_up(ceil_div(words, blocks), 16));
-    // Few columns: packing the rows would cost more than it saves. Words must be whole and aligned as they stand.
+    // Few columns: packing the rows would cost more than it saves. Words must be whole and aligned as they
+    // stand.
     direct = kReadsWords && g.N <= Engine::kDirectColumns && g.a.col_stride == 1 && g.drop_a.threshold == 0 &&
              g.K % (Engine::kWordPad * kElements) == 0 && g.a.row_stride % kElements == 0 &&
              reinterpret_cast<std::uintptr_t>(g.a.data) % 4 == 0;
-    // NOTE: rows whose distance is a power of two share one set of the first-level cache (8 to 12 ways); more of them
-    // than ways would evict a line before its words are used.
+    // NOTE: rows whose distance is a power of two share one set of the first-level cache (8 to 12 ways); more
+    // of them than ways would evict a line before its words are used.
     tile_rows = direct ? Engine::kDirectRows : Engine::kRows;
   }
 
@@ -69,8 +74,8 @@ class GemmRun {
       if (m0 > 0) parallel_barrier(num_threads);
       pack_rows(m0, height, thread, num_threads);
       parallel_barrier(num_threads);
-      // Jobs are as wide as the cache holds their panels, narrower where threads would be idle; where there are too
-      // few strips, tiles are split as well, and each split packs the panels again.
+      // Jobs are as wide as the cache holds their panels, narrower where threads would be idle; where there
+      // are too few strips, tiles are split as well, and each split packs the panels again.
       const i64 strips = ceil_div(g.N, kStrip), tiles = ceil_div(height, tile_rows);
       const i64 fitting = max(1, Engine::kPanelBytes / (block_words * kStrip * 4));
       const i64 width = min(fitting, ceil_div(strips, num_threads));
@@ -78,7 +83,8 @@ class GemmRun {
       const i64 jobs = groups * splits;
       for (i64 job = jobs * thread / num_threads; job < jobs * (thread + 1) / num_threads; ++job) {
         const i64 col0 = job / splits * width * kStrip, split = job % splits;
-        run_job(m0, tiles, col0, min(width * kStrip, g.N - col0), tiles * split / splits, tiles * (split + 1) / splits);
+        run_job(m0, tiles, col0, min(width * kStrip, g.N - col0), tiles * split / splits,
+                tiles * (split + 1) / splits);
       }
     }
     Engine::end();
@@ -94,10 +100,12 @@ class GemmRun {
     const i64 first = height * thread / num_threads, last = height * (thread + 1) / num_threads;
     if (g.R > 0)
       for (i64 i = first; i < last; ++i)
-        pack_row<T, kPairs>(at<T>(g.s, m0 + i, 0), g.s.col_stride, g.R, rank_words, rank_rows + i * rank_pitch);
+        pack_row<T, kPairs>(at<T>(g.s, m0 + i, 0), g.s.col_stride, g.R, rank_words,
+                            rank_rows + i * rank_pitch);
     if (g.drop_a.threshold > 0) return pack_kept_rows(m0, first, last);
     if (g.a.row_stride == 1 && g.a.col_stride != 1)
-      return pack_rows_transposed<T, kPairs>(g.a, m0 + first, last - first, g.K, words, rows + first * pitch, pitch);
+      return pack_rows_transposed<T, kPairs>(g.a, m0 + first, last - first, g.K, words, rows + first * pitch,
+                                             pitch);
     for (i64 i = max(first, unpacked(height)); i < last; ++i)
       pack_row<T, kPairs>(at<T>(g.a, m0 + i, 0), g.a.col_stride, g.K, words, rows + i * pitch);
   }
@@ -116,9 +124,10 @@ class GemmRun {
   void run_job(i64 m0, i64 tiles, i64 col0, i64 cols, i64 first, i64 last) {
     const i64 strips = ceil_div(cols, kStrip), height = height_of(m0);
     const i64 kept_tiles = blocks > 1 ? (last - first) * strips : 1;
-    float* sums = static_cast<float*>(scratch(Slot::accumulators, static_cast<std::size_t>(kept_tiles * kTile) * 4));
-    u32* panels =
-        static_cast<u32*>(scratch(Slot::panels, static_cast<std::size_t>(strips * block_words * kStrip) * 4 + 64));
+    float* sums =
+        static_cast<float*>(scratch(Slot::accumulators, static_cast<std::size_t>(kept_tiles * kTile) * 4));
+    u32* panels = static_cast<u32*>(
+        scratch(Slot::panels, static_cast<std::size_t>(strips * block_words * kStrip) * 4 + 64));
     const u32* rank_panels = g.R > 0 ? pack_rank_panels(col0, cols) : nullptr;
     for (i64 block = 0; block < blocks; ++block) {
       const i64 w0 = block * block_words, w = max(0, min(block_words, words - w0));
@@ -143,8 +152,8 @@ class GemmRun {
     }
   }
 
-  // Asks for ready-made panels. NOTE: a few panels side by side, because one stream alone does not fill the memory's
-  // pipe: the hardware's prefetcher runs ahead in each of several pages.
+  // Asks for ready-made panels. NOTE: a few panels side by side, because one stream alone does not fill the
+  // memory's pipe: the hardware's prefetcher runs ahead in each of several pages.
   void fetch_panels(i64 col0, i64 cols, i64 w0, i64 w) {
     const u32* first = g.packed + (col0 / kPanel * words + w0) * kPanel;
     const i64 count = ceil_div(cols, kPanel);
@@ -153,7 +162,8 @@ class GemmRun {
         _mm_prefetch(reinterpret_cast<const char*>(first + panel * words * kPanel + word), _MM_HINT_T1);
   }
 
-  // One row tile times one strip, for one block; the last block takes the rank along unless a mask is in the way.
+  // One row tile times one strip, for one block; the last block takes the rank along unless a mask is in the
+  // way.
   void multiply(Segment rows_here, i64 row, i64 count, i64 width, const u32* panels, i64 panel_pitch,
                 const u32* rank_panels, i64 block, float* sum) {
     const bool rank_here = block == blocks - 1 && g.R > 0 && g.drop_rank.threshold == 0;
@@ -178,8 +188,8 @@ class GemmRun {
     if (direct && row + round_up(count, Engine::kRowPad) <= unpacked(height_of(m0))) {
       const i64 next = row + count;
       const bool follows = g.a.row_stride == g.K && blocks == 1 && next + count <= unpacked(height_of(m0));
-      return {reinterpret_cast<const u32*>(at<T>(g.a, m0 + row, w0 * kElements)), g.a.row_stride / kElements, nullptr, w,
-              follows ? reinterpret_cast<const u32*>(at<T>(g.a, m0 + next, 0)) : nullptr};
+      return {reinterpret_cast<const u32*>(at<T>(g.a, m0 + row, w0 * kElements)), g.a.row_stride / kElements,
+              nullptr, w, follows ? reinterpret_cast<const u32*>(at<T>(g.a, m0 + next, 0)) : nullptr};
     }
     return {rows + row * pitch + w0, pitch, nullptr, w, nullptr};
   }
@@ -193,7 +203,8 @@ class GemmRun {
 
   // The panels of one contraction block of b, elements that the mask drops as zeros.
   void pack_block(i64 col0, i64 cols, i64 w0, i64 w, u32* out) {
-    const i64 k0 = w0 * kElements, k = max(0, min(w * kElements, g.K - k0)), panel_pitch = block_words * kPanel;
+    const i64 k0 = w0 * kElements, k = max(0, min(w * kElements, g.K - k0)),
+              panel_pitch = block_words * kPanel;
     if (g.drop_b.threshold == 0) return pack_panels<T, kPairs>(g.b, col0, cols, k0, k, w, out, panel_pitch);
     const i64 row_pitch = round_up(cols, kStrip) + 2 * kLanes;
     u32* bits = static_cast<u32*>(scratch(Slot::keep, static_cast<std::size_t>(keep_words(cols)) * 4));
@@ -210,8 +221,10 @@ class GemmRun {
     if (g.R > 0 && g.drop_rank.threshold > 0) {
       alignas(64) float rank_sum[kTile];
       for (i64 c = 0; c < cols; c += kPanel)
-        Engine::tile(count, cols - c, {rank_rows + row * rank_pitch, rank_pitch, rank_panels + c * rank_words, rank_words, nullptr},
-                     {}, rank_sum + c, kStrip, false);
+        Engine::tile(
+            count, cols - c,
+            {rank_rows + row * rank_pitch, rank_pitch, rank_panels + c * rank_words, rank_words, nullptr}, {},
+            rank_sum + c, kStrip, false);
       add_kept(g.drop_rank, m, count, col0, cols, rank_sum, sum, kStrip);
     }
     write_output<T>(g, m, count, col0, cols, sum, kStrip);

@@ -51,7 +51,8 @@ bool request_tiles() {
 Features detect() {
   Features f;
   const u64 states = enabled_states();
-  const bool ymm = (states & 0x6) == 0x6, zmm = (states & 0xe6) == 0xe6, tiles = (states & 0x60000) == 0x60000;
+  const bool ymm = (states & 0x6) == 0x6, zmm = (states & 0xe6) == 0xe6,
+             tiles = (states & 0x60000) == 0x60000;
   const Registers one = cpuid(1), seven = cpuid(7), seven1 = cpuid(7, 1);
   f.avx2 = ymm && bit(seven.ebx, 5) && bit(one.ecx, 12) && bit(one.ecx, 29);  // AVX2, FMA, F16C
   f.avx512 = f.avx2 && zmm && bit(seven.ebx, 16) && bit(seven.ebx, 17) && bit(seven.ebx, 30) &&
@@ -94,8 +95,8 @@ const Features& features() {
 bool supported(const Kernels& kernels) {
   const Features& f = features();
   const std::string isa = kernels.isa;
-  return (isa == "avx2" && f.avx2) || (isa == "avx512" && f.avx512) || (isa == "avx512_bf16" && f.avx512_bf16) ||
-         (isa == "amx_bf16" && f.amx_bf16);
+  return (isa == "avx2" && f.avx2) || (isa == "avx512" && f.avx512) ||
+         (isa == "avx512_bf16" && f.avx512_bf16) || (isa == "amx_bf16" && f.amx_bf16);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The dropout mask as bits, kLanes counters at a time. The generator is defined in ../dropout.h; this is the same
-// arithmetic on vectors, and the tests compare the two bit for bit.
+// The dropout mask as bits, kLanes counters at a time. The generator is defined in ../dropout.h; this is the
+// same arithmetic on vectors, and the tests compare the two bit for bit.
 #pragma once
 
 #include "../dropout.h"
@@ -11,12 +11,15 @@ namespace lora_fused::LORA_FUSED_ISA {
 constexpr i64 kKeepColumns = kLanes * philox::kElementsPerCounter;
 
 #if defined(__AVX512F__)
-// NOTE: the lane order is such that the 4x4 transposition inside 128-bit lanes leaves the counters in sequence.
+// NOTE: the lane order is such that the 4x4 transposition inside 128-bit lanes leaves the counters in
+// sequence.
 LORA_FUSED_INLINE Words counter_lanes() {
   return _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
 }
 LORA_FUSED_INLINE Words words_add(Words a, Words b) { return _mm512_add_epi32(a, b); }
-LORA_FUSED_INLINE Words words_xor(Words a, Words b, Words c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
+LORA_FUSED_INLINE Words words_xor(Words a, Words b, Words c) {
+  return _mm512_ternarylogic_epi32(a, b, c, 0x96);
+}
 // 1 in the lanes where sum = a + b wrapped around.
 LORA_FUSED_INLINE Words words_carry(Words sum, Words a) {
   return _mm512_maskz_set1_epi32(_mm512_cmplt_epu32_mask(sum, a), 1);
@@ -39,7 +42,9 @@ LORA_FUSED_INLINE void store_keep(const Words c[4], u32 threshold, u32* bits) {
 #else
 LORA_FUSED_INLINE Words counter_lanes() { return _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7); }
 LORA_FUSED_INLINE Words words_add(Words a, Words b) { return _mm256_add_epi32(a, b); }
-LORA_FUSED_INLINE Words words_xor(Words a, Words b, Words c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+LORA_FUSED_INLINE Words words_xor(Words a, Words b, Words c) {
+  return _mm256_xor_si256(_mm256_xor_si256(a, b), c);
+}
 LORA_FUSED_INLINE Words words_carry(Words sum, Words a) {
   const Words not_below = _mm256_cmpeq_epi32(_mm256_max_epu32(sum, a), sum);
   return _mm256_andnot_si256(not_below, words_set1(1));

@@ -1,5 +1,5 @@
-// One table of native operations per instruction set. The same sources (matmul.cpp, shrink.cpp, reduce.cpp) are
-// compiled once for each, in a namespace of its own; isa.cpp chooses by cpuid at run time.
+// One table of native operations per instruction set. The same sources (matmul.cpp, shrink.cpp, reduce.cpp)
+// are compiled once for each, in a namespace of its own; isa.cpp chooses by cpuid at run time.
 #pragma once
 
 #include "../problem.h"

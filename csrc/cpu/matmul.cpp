@@ -1,4 +1,5 @@
-// matmul with the rank folded into the contraction (forward and dx), and the panels that it can take ready-made.
+// matmul with the rank folded into the contraction (forward and dx), and the panels that it can take
+// ready-made.
 #include "operations.h"
 #include "run.h"
 
@@ -27,7 +28,8 @@ i64 panel_words(i64 K) {
 
 i64 packed_bytes(DType dtype, i64 K, i64 N) {
   i64 bytes = 0;
-  with_engine(dtype, [&]<class Engine, class T>() { bytes = ceil_div(N, kPanel) * panel_words<Engine>(K) * 4; });
+  with_engine(dtype,
+              [&]<class Engine, class T>() { bytes = ceil_div(N, kPanel) * panel_words<Engine>(K) * 4; });
   return bytes;
 }
 
@@ -37,8 +39,8 @@ void pack(DType dtype, const PackArgs& args) {
     auto body = [&](int thread, int num_threads) {
       for (i64 p = panels * thread / num_threads; p < panels * (thread + 1) / num_threads; ++p)
         pack_panels<T, Engine::kIsPairs>(args.w, p * kPanel, min(kPanel, args.N - p * kPanel), 0, args.K,
-                                         padded_words<Engine>(args.K), args.packed + p * panel_words<Engine>(args.K),
-                                         0);
+                                         padded_words<Engine>(args.K),
+                                         args.packed + p * panel_words<Engine>(args.K), 0);
     };
     parallel(args.threads, body);
   });

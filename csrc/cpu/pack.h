@@ -1,10 +1,11 @@
-// Operands in the form that the tile engines read. A "word" is 32 bits along the contraction: one fp32 value, or, for
-// engines that multiply bf16 pairs, two neighbouring bf16 values (the earlier one in the low half).
+// Operands in the form that the tile engines read. A "word" is 32 bits along the contraction: one fp32 value,
+// or, for engines that multiply bf16 pairs, two neighbouring bf16 values (the earlier one in the low half).
 //
 //   rows   [rows][row_pitch]   words of the left operand, one row after the other
 //   panel  [words][kPanel]     words of the right operand, kPanel columns side by side
 //
-// Everything behind the end (rows, columns, words) is zero. Any strides are served; a unit stride is the fast case.
+// Everything behind the end (rows, columns, words) is zero. Any strides are served; a unit stride is the fast
+// case.
 #pragma once
 
 #include "keep.h"
@@ -60,7 +61,8 @@ static void pack_row(const T* source, i64 stride, i64 k, i64 words, u32* out) {
   constexpr i64 kStep = kLanes * W::kElements;
   i64 w = 0;
   if (stride == 1) {
-    for (; (w + kLanes) * W::kElements <= k; w += kLanes) words_store(out + w, W::load(source + w * W::kElements));
+    for (; (w + kLanes) * W::kElements <= k; w += kLanes)
+      words_store(out + w, W::load(source + w * W::kElements));
     for (; w < words; w += kLanes) {
       const i64 left = max(0, min(kStep, k - w * W::kElements));
       u32 tail[kLanes];
@@ -75,8 +77,8 @@ static void pack_row(const T* source, i64 stride, i64 k, i64 words, u32* out) {
   }
 }
 
-// Copies one row with the elements that the mask drops as zeros; out has room for a whole vector behind the end.
-// `bits` as keep_row leaves them.
+// Copies one row with the elements that the mask drops as zeros; out has room for a whole vector behind the
+// end. `bits` as keep_row leaves them.
 template <class T>
 static void drop_row(const T* source, i64 stride, i64 cols, const u32* bits, T* out) {
   if (stride != 1) {
@@ -96,7 +98,8 @@ static void drop_row(const T* source, i64 stride, i64 cols, const u32* bits, T* 
   }
 }
 
-// Columns col0..col0+cols of the right operand (cols <= kPanel), contraction contiguous in memory: a transposition.
+// Columns col0..col0+cols of the right operand (cols <= kPanel), contraction contiguous in memory: a
+// transposition.
 template <class T, bool kPairs>
 static void pack_panel_transposed(const Matrix& m, i64 col0, i64 cols, i64 k0, i64 k, i64 words, u32* out) {
   using W = Word<T, kPairs>;
@@ -132,8 +135,8 @@ LORA_FUSED_INLINE void pack_word_straight(const T* row, const T* next_row, i64 n
   }
 }
 
-// Columns col0..col0+cols into panels `panel_pitch` words apart, contiguous in memory along the columns: a few panels
-// at a time, so that each row is read in stretches of some cache lines.
+// Columns col0..col0+cols into panels `panel_pitch` words apart, contiguous in memory along the columns: a
+// few panels at a time, so that each row is read in stretches of some cache lines.
 template <class T, bool kPairs>
 static void pack_panels_straight(const Matrix& m, i64 col0, i64 cols, i64 k0, i64 k, i64 words, u32* out,
                                  i64 panel_pitch) {
@@ -151,7 +154,8 @@ static void pack_panels_straight(const Matrix& m, i64 col0, i64 cols, i64 k0, i6
         if (inside) prefetch(a + kAhead * kElements * m.row_stride);
         if (kPairs && inside) prefetch(a + (kAhead * kElements + 1) * m.row_stride);
         pack_word_straight<T, kPairs>(a, b, min(kLanes, end - c), to);
-        pack_word_straight<T, kPairs>(a + kLanes, b + kLanes, max(0, min(kLanes, end - c - kLanes)), to + kLanes);
+        pack_word_straight<T, kPairs>(a + kLanes, b + kLanes, max(0, min(kLanes, end - c - kLanes)),
+                                      to + kLanes);
       }
     }
   }
@@ -169,8 +173,10 @@ static void pack_panel_strided(const Matrix& m, i64 col0, i64 cols, i64 k0, i64 
 
 // Panels of the right operand, `panel_pitch` words apart: contraction k0..k0+k, columns col0..col0+cols.
 template <class T, bool kPairs>
-static void pack_panels(const Matrix& m, i64 col0, i64 cols, i64 k0, i64 k, i64 words, u32* out, i64 panel_pitch) {
-  if (m.col_stride == 1) return pack_panels_straight<T, kPairs>(m, col0, cols, k0, k, words, out, panel_pitch);
+static void pack_panels(const Matrix& m, i64 col0, i64 cols, i64 k0, i64 k, i64 words, u32* out,
+                        i64 panel_pitch) {
+  if (m.col_stride == 1)
+    return pack_panels_straight<T, kPairs>(m, col0, cols, k0, k, words, out, panel_pitch);
   for (i64 c = 0; c < cols; c += kPanel) {
     u32* panel = out + c / kPanel * panel_pitch;
     if (m.row_stride == 1)
@@ -180,7 +186,8 @@ static void pack_panels(const Matrix& m, i64 col0, i64 cols, i64 k0, i64 k, i64 
   }
 }
 
-// Rows row0..row0+rows of the left operand where a column is contiguous in memory (row_stride 1): a transposition.
+// Rows row0..row0+rows of the left operand where a column is contiguous in memory (row_stride 1): a
+// transposition.
 template <class T, bool kPairs>
 static void pack_rows_transposed(const Matrix& m, i64 row0, i64 rows, i64 k, i64 words, u32* out, i64 pitch) {
   for (i64 i = 0; i < rows; i += kPanel) {
@@ -189,8 +196,8 @@ static void pack_rows_transposed(const Matrix& m, i64 row0, i64 rows, i64 k, i64
       constexpr i64 kElements = Word<T, kPairs>::kElements;
       const i64 step = min(kLanes, words - w), left = max(0, min(kLanes * kElements, k - w * kElements));
       u32 block[kLanes * kPanel];
-      pack_panels_straight<T, kPairs>({m.data, m.col_stride, 1}, row0 + i, count, w * kElements, left, kLanes, block,
-                                      0);
+      pack_panels_straight<T, kPairs>({m.data, m.col_stride, 1}, row0 + i, count, w * kElements, left, kLanes,
+                                      block, 0);
       for (i64 half = 0; half < 2; ++half) {
         Words lanes[kLanes];
         for (int j = 0; j < kLanes; ++j) lanes[j] = words_load(block + j * kPanel + half * kLanes);

@@ -33,8 +33,8 @@ void run_parallel(int threads, ParallelBody body, void* context) {
   if (threads > 1 && !omp_in_parallel()) {
 #ifdef LORA_FUSED_HAS_FORK
     if (in_forked_child) {
-      // NOTE: libgomp keeps its pool per calling thread and does not notice a fork: a region started on the forked
-      // thread would wait for workers that do not exist. A fresh thread starts with a fresh pool.
+      // NOTE: libgomp keeps its pool per calling thread and does not notice a fork: a region started on the
+      // forked thread would wait for workers that do not exist. A fresh thread starts with a fresh pool.
       std::thread([&] { openmp_region(threads, body, context); }).join();
       return;
     }

@@ -9,14 +9,15 @@ using ParallelBody = void (*)(void* context, int thread, int num_threads);
 // Safe in a forked child, where OpenMP's pool has lost its threads.
 void run_parallel(int threads, ParallelBody body, void* context);
 
-// Waits for every thread of the running region. A body that runs alone may be inside somebody else's region, whose
-// barrier is not ours to join: num_threads is what the body was given.
+// Waits for every thread of the running region. A body that runs alone may be inside somebody else's region,
+// whose barrier is not ours to join: num_threads is what the body was given.
 void parallel_barrier(int num_threads);
 
 template <class Body>
 void parallel(int threads, Body& body) {
   run_parallel(
-      threads, [](void* context, int thread, int num_threads) { (*static_cast<Body*>(context))(thread, num_threads); },
+      threads,
+      [](void* context, int thread, int num_threads) { (*static_cast<Body*>(context))(thread, num_threads); },
       &body);
 }
 

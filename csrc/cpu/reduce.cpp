@@ -25,6 +25,7 @@ void keep_mask(const Dropout& dropout, i64 rows, unsigned char* mask) {
   }
 }
 
-const Kernels kernels = {LORA_FUSED_ISA_NAME, matmul, shrink, shrink_reduce, reduce, pack, packed_bytes, keep_mask};
+const Kernels kernels = {LORA_FUSED_ISA_NAME, matmul,   shrink, shrink_reduce, reduce, pack,
+                         packed_bytes,        keep_mask};
 
 }  // namespace lora_fused::LORA_FUSED_ISA

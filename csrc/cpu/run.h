@@ -10,14 +10,19 @@ namespace lora_fused::LORA_FUSED_ISA {
 template <class F>
 LORA_FUSED_INLINE void with_engine(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::f32: return f.template operator()<VectorEngine<false>, float>();
-    case DType::f16: return f.template operator()<VectorEngine<false>, Float16>();
+    case DType::f32:
+      return f.template operator()<VectorEngine<false>, float>();
+    case DType::f16:
+      return f.template operator()<VectorEngine<false>, Float16>();
 #if defined(__AMX_BF16__)
-    case DType::bf16: return f.template operator()<AmxEngine, BFloat16>();
+    case DType::bf16:
+      return f.template operator()<AmxEngine, BFloat16>();
 #elif defined(__AVX512BF16__)
-    case DType::bf16: return f.template operator()<VectorEngine<true>, BFloat16>();
+    case DType::bf16:
+      return f.template operator()<VectorEngine<true>, BFloat16>();
 #else
-    case DType::bf16: return f.template operator()<VectorEngine<false>, BFloat16>();
+    case DType::bf16:
+      return f.template operator()<VectorEngine<false>, BFloat16>();
 #endif
   }
 }

@@ -1,5 +1,6 @@
-// Scratch memory that a thread keeps between calls (fresh pages cost more than small kernels do). Its size is bounded
-// by the blocking constants, not by the problem, except for the packed rows of x, bounded by kMaxPackedRows bytes.
+// Scratch memory that a thread keeps between calls (fresh pages cost more than small kernels do). Its size is
+// bounded by the blocking constants, not by the problem, except for the packed rows of x, bounded by
+// kMaxPackedRows bytes.
 #pragma once
 
 #include <cstddef>
@@ -8,8 +9,8 @@ namespace lora_fused {
 
 enum class Slot : int { rows, rank_rows, panels, rank_panels, accumulators, sums, skinny, keep, row, count };
 
-// At least `bytes` bytes, 64-byte aligned, contents undefined, owned by the calling thread and valid until its next
-// call with the same slot. Throws std::bad_alloc.
+// At least `bytes` bytes, 64-byte aligned, contents undefined, owned by the calling thread and valid until
+// its next call with the same slot. Throws std::bad_alloc.
 void* scratch(Slot slot, std::size_t bytes);
 
 // Bytes that the calling thread holds.

@@ -1,4 +1,5 @@
-// shrink: a tall matrix times a skinny one. x -> s forward; dy -> ds backward, with db in the same read of dy.
+// shrink: a tall matrix times a skinny one. x -> s forward; dy -> ds backward, with db in the same read of
+// dy.
 #include "operations.h"
 #include "run.h"
 
@@ -51,19 +52,20 @@ void round_sums(const ShrinkReduceArgs& args, const float* sums) {
                     round_up(args.N, kLanes));
 }
 
-// Token block by token block: ds, then what the block adds to db. NOTE: the blocks depend on the shapes alone, and
-// their sums are added in order, so threads do not change the result.
+// Token block by token block: ds, then what the block adds to db. NOTE: the blocks depend on the shapes
+// alone, and their sums are added in order, so threads do not change the result.
 template <class Engine, class T>
 void shrink_reduce_blocks(DType dtype, const ShrinkReduceArgs& args, i64 block) {
   const i64 pitch = round_up(args.N, kLanes), bytes = static_cast<i64>(sizeof(T));
   float* sums = static_cast<float*>(scratch(Slot::sums, static_cast<std::size_t>(args.R * pitch) * 4));
-  u32* panels = static_cast<u32*>(
-      scratch(Slot::skinny, static_cast<std::size_t>(packed_bytes(dtype, args.N, args.R))));
+  u32* panels =
+      static_cast<u32*>(scratch(Slot::skinny, static_cast<std::size_t>(packed_bytes(dtype, args.N, args.R))));
   pack(dtype, {args.N, args.R, args.b, panels, args.threads});
   for (i64 first = 0; first < args.M; first += block) {
     const i64 count = min(block, args.M - first);
     const auto rows_from = [&](const Matrix& m) {
-      return Matrix{static_cast<const char*>(m.data) + first * m.row_stride * bytes, m.row_stride, m.col_stride};
+      return Matrix{static_cast<const char*>(m.data) + first * m.row_stride * bytes, m.row_stride,
+                    m.col_stride};
     };
     const Matrix dy = rows_from(args.dy);
     Gemm ds = ds_of(args, first, count, dy, bytes);
@@ -83,7 +85,8 @@ void shrink_reduce(DType dtype, const ShrinkReduceArgs& args) {
   const i64 block = max(kMinBlockTokens, kBlockBytes / max(1, args.N * (dtype == DType::f32 ? 4 : 2)));
   const bool both = args.ds.data && args.db.data;
   if (both && args.M > block && args.R * args.N * 4 <= kMaxSumBytes)
-    return with_engine(dtype, [&]<class Engine, class T>() { shrink_reduce_blocks<Engine, T>(dtype, args, block); });
+    return with_engine(dtype,
+                       [&]<class Engine, class T>() { shrink_reduce_blocks<Engine, T>(dtype, args, block); });
   if (args.ds.data) run(dtype, ds_of(args, 0, args.M, args.dy, 0), args.threads);
   if (args.db.data) run(dtype, db_of(args, args.M, args.dy, args.s), args.threads);
 }

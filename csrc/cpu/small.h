@@ -1,7 +1,8 @@
 // Products with few rows, or with a short contraction: nothing is packed, b is read once where it is.
 //
-//   dot   b is contiguous along the contraction (forward of a few tokens, shrink): rows of a times columns of b
-//   axpy  b is contiguous along the columns (dx of a few tokens, the gradients of few tokens): sums of scaled rows of b
+//   dot   b is contiguous along the contraction (forward of a few tokens, shrink): rows of a times columns of
+//   b axpy  b is contiguous along the columns (dx of a few tokens, the gradients of few tokens): sums of
+//   scaled rows of b
 #pragma once
 
 #include "epilogue.h"
@@ -10,9 +11,9 @@
 
 namespace lora_fused::LORA_FUSED_ISA {
 
-constexpr i64 kFewRows = 4;          // measured: from 5 rows on packing W pays
-constexpr i64 kFewSkinnyRows = 32;   // ... and from 33 on packing a skinny operand does
-constexpr i64 kSkinny = 64;          // columns of a skinny operand
+constexpr i64 kFewRows = 4;         // measured: from 5 rows on packing W pays
+constexpr i64 kFewSkinnyRows = 32;  // ... and from 33 on packing a skinny operand does
+constexpr i64 kSkinny = 64;         // columns of a skinny operand
 constexpr i64 kShortContraction = 16;
 
 LORA_FUSED_INLINE bool is_dot(const Gemm& g) {
@@ -23,7 +24,8 @@ LORA_FUSED_INLINE bool is_dot(const Gemm& g) {
 }
 
 LORA_FUSED_INLINE bool is_axpy(const Gemm& g) {
-  return (g.M <= kFewRows || g.K <= kShortContraction) && g.drop_a.threshold == 0 && g.b.col_stride == 1 && g.K > 0 && (g.R == 0 || g.l.col_stride == 1);
+  return (g.M <= kFewRows || g.K <= kShortContraction) && g.drop_a.threshold == 0 && g.b.col_stride == 1 &&
+         g.K > 0 && (g.R == 0 || g.l.col_stride == 1);
 }
 
 LORA_FUSED_INLINE float sum_lanes(Vec v) {
@@ -42,7 +44,8 @@ class DotRun {
   static constexpr i64 kStep = kLanes * W::kElements;
   static constexpr i64 kColumns = 8;  // columns of b side by side: as many streams from memory
   static constexpr i64 kAhead = 512;  // bytes
-  static constexpr i64 kChain = 2048;  // elements between two additions across the lanes: rounding grows with the chain
+  static constexpr i64 kChain =
+      2048;  // elements between two additions across the lanes: rounding grows with the chain
 
  public:
   explicit DotRun(const Gemm& gemm) : g(gemm) {}
@@ -67,10 +70,14 @@ class DotRun {
   template <int kCols>
   void by_rows(i64 m, i64 rows, i64 n, float* out) {
     switch (rows) {
-      case 1: return block<1, kCols>(m, n, out);
-      case 2: return block<2, kCols>(m, n, out);
-      case 3: return block<3, kCols>(m, n, out);
-      default: return block<4, kCols>(m, n, out);
+      case 1:
+        return block<1, kCols>(m, n, out);
+      case 2:
+        return block<2, kCols>(m, n, out);
+      case 3:
+        return block<3, kCols>(m, n, out);
+      default:
+        return block<4, kCols>(m, n, out);
     }
   }
 
@@ -87,7 +94,8 @@ class DotRun {
       flush<kRows, kCols>(sum, out);
     }
     add<kRows, kCols>(at<T>(g.a, m, k), g.a.row_stride, at<T>(g.b, k, n), g.b.col_stride, g.K - k, sum);
-    if (g.R > 0) add<kRows, kCols>(at<T>(g.s, m, 0), g.s.row_stride, at<T>(g.l, 0, n), g.l.col_stride, g.R, sum);
+    if (g.R > 0)
+      add<kRows, kCols>(at<T>(g.s, m, 0), g.s.row_stride, at<T>(g.l, 0, n), g.l.col_stride, g.R, sum);
     flush<kRows, kCols>(sum, out);
   }
 
@@ -103,14 +111,16 @@ class DotRun {
   }
 
   template <int kRows, int kCols>
-  LORA_FUSED_INLINE void add(const T* a, i64 a_stride, const T* b, i64 b_stride, i64 k, Vec (&sum)[kRows][kCols]) {
+  LORA_FUSED_INLINE void add(const T* a, i64 a_stride, const T* b, i64 b_stride, i64 k,
+                             Vec (&sum)[kRows][kCols]) {
     i64 i = 0;
     for (; i + kStep <= k; i += kStep) step<kRows, kCols>(a + i, a_stride, b + i, b_stride, kStep, sum);
     if (i < k) step<kRows, kCols>(a + i, a_stride, b + i, b_stride, k - i, sum);
   }
 
   template <int kRows, int kCols>
-  LORA_FUSED_INLINE void step(const T* a, i64 a_stride, const T* b, i64 b_stride, i64 count, Vec (&sum)[kRows][kCols]) {
+  LORA_FUSED_INLINE void step(const T* a, i64 a_stride, const T* b, i64 b_stride, i64 count,
+                              Vec (&sum)[kRows][kCols]) {
     Words row[kRows];
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i)
@@ -163,11 +173,11 @@ class AxpyRun {
   }
 
   // sum[i, c] += sum_j a[m + i, j] b[j, col0 + c]
-  void add_terms(const Matrix& a, const Matrix& b, const Dropout& drop_b, i64 terms, i64 m, i64 rows, i64 col0,
-                 i64 cols, float* sum, i64 pitch) {
+  void add_terms(const Matrix& a, const Matrix& b, const Dropout& drop_b, i64 terms, i64 m, i64 rows,
+                 i64 col0, i64 cols, float* sum, i64 pitch) {
     const bool masked = drop_b.threshold > 0;
-    T* kept = static_cast<T*>(
-        scratch(Slot::row, static_cast<std::size_t>(masked ? kTerms * (kChunk + 2 * kLanes) : 0) * sizeof(T)));
+    T* kept = static_cast<T*>(scratch(
+        Slot::row, static_cast<std::size_t>(masked ? kTerms * (kChunk + 2 * kLanes) : 0) * sizeof(T)));
     for (i64 j = 0; j < terms; j += kTerms) {
       const i64 count = min(kTerms, terms - j);
       const T* first = at<T>(b, j, col0);
@@ -186,8 +196,8 @@ class AxpyRun {
     }
   }
 
-  void keep_terms(const Dropout& dropout, i64 j, i64 count, i64 col0, i64 cols, const T* from, i64 from_stride, T* to,
-                  i64 to_stride) {
+  void keep_terms(const Dropout& dropout, i64 j, i64 count, i64 col0, i64 cols, const T* from,
+                  i64 from_stride, T* to, i64 to_stride) {
     u32 bits[(kChunk + kKeepColumns) / 32];
     for (i64 t = 0; t < count; ++t) {
       keep_row(dropout, j + t, col0, cols, bits);
@@ -195,19 +205,23 @@ class AxpyRun {
     }
   }
 
-  void add_group(const float (&factors)[kRowsAtOnce][kTerms], i64 rows, const T* b, i64 stride, i64 count, i64 cols,
-                 float* sum, i64 pitch) {
+  void add_group(const float (&factors)[kRowsAtOnce][kTerms], i64 rows, const T* b, i64 stride, i64 count,
+                 i64 cols, float* sum, i64 pitch) {
     switch (rows) {
-      case 1: return add_rows<1>(factors, b, stride, count, cols, sum, pitch);
-      case 2: return add_rows<2>(factors, b, stride, count, cols, sum, pitch);
-      case 3: return add_rows<3>(factors, b, stride, count, cols, sum, pitch);
-      default: return add_rows<4>(factors, b, stride, count, cols, sum, pitch);
+      case 1:
+        return add_rows<1>(factors, b, stride, count, cols, sum, pitch);
+      case 2:
+        return add_rows<2>(factors, b, stride, count, cols, sum, pitch);
+      case 3:
+        return add_rows<3>(factors, b, stride, count, cols, sum, pitch);
+      default:
+        return add_rows<4>(factors, b, stride, count, cols, sum, pitch);
     }
   }
 
   template <int kRows>
-  void add_rows(const float (&factors)[kRowsAtOnce][kTerms], const T* b, i64 stride, i64 count, i64 cols, float* sum,
-                i64 pitch) {
+  void add_rows(const float (&factors)[kRowsAtOnce][kTerms], const T* b, i64 stride, i64 count, i64 cols,
+                float* sum, i64 pitch) {
     for (i64 c = 0; c < cols; c += kLanes) {
       const i64 n = min(kLanes, cols - c);
       Vec v[kRows];

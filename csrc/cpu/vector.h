@@ -1,6 +1,6 @@
 // Vectors of fp32 lanes, one small function per idea, for the instruction set that this file is compiled for.
-// No standard headers with templates here: an inline function compiled with AVX-512 must never be the copy that the
-// linker keeps for code that runs on every CPU.
+// No standard headers with templates here: an inline function compiled with AVX-512 must never be the copy
+// that the linker keeps for code that runs on every CPU.
 #pragma once
 
 #include <immintrin.h>
@@ -23,7 +23,9 @@ LORA_FUSED_INLINE i64 max(i64 a, i64 b) { return a > b ? a : b; }
 LORA_FUSED_INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 LORA_FUSED_INLINE i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
 
-LORA_FUSED_INLINE void copy_bytes(void* to, const void* from, i64 bytes) { __builtin_memcpy(to, from, bytes); }
+LORA_FUSED_INLINE void copy_bytes(void* to, const void* from, i64 bytes) {
+  __builtin_memcpy(to, from, bytes);
+}
 LORA_FUSED_INLINE void zero_bytes(void* to, i64 bytes) { __builtin_memset(to, 0, bytes); }
 
 #if defined(__AVX512F__)
@@ -40,7 +42,9 @@ LORA_FUSED_INLINE Vec vec_add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 LORA_FUSED_INLINE Vec vec_mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 LORA_FUSED_INLINE Vec vec_fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 // Lane i is v[i] where bit i of keep is set, else 0.
-LORA_FUSED_INLINE Vec vec_keep(Vec v, u32 keep) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(keep), v); }
+LORA_FUSED_INLINE Vec vec_keep(Vec v, u32 keep) {
+  return _mm512_maskz_mov_ps(static_cast<__mmask16>(keep), v);
+}
 
 LORA_FUSED_INLINE Words words_zero() { return _mm512_setzero_si512(); }
 LORA_FUSED_INLINE Words words_load(const void* p) { return _mm512_loadu_si512(p); }
@@ -102,7 +106,8 @@ LORA_FUSED_INLINE void transpose(Words rows[16]) {
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const Words a = _mm512_shuffle_i32x4(u[i], u[4 + i], 0x88), b = _mm512_shuffle_i32x4(u[i], u[4 + i], 0xdd);
+    const Words a = _mm512_shuffle_i32x4(u[i], u[4 + i], 0x88),
+                b = _mm512_shuffle_i32x4(u[i], u[4 + i], 0xdd);
     const Words c = _mm512_shuffle_i32x4(u[8 + i], u[12 + i], 0x88);
     const Words d = _mm512_shuffle_i32x4(u[8 + i], u[12 + i], 0xdd);
     rows[i] = _mm512_shuffle_i32x4(a, c, 0x88);
@@ -132,7 +137,9 @@ LORA_FUSED_INLINE Vec vec_keep(Vec v, u32 keep) {
 }
 
 LORA_FUSED_INLINE Words words_zero() { return _mm256_setzero_si256(); }
-LORA_FUSED_INLINE Words words_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+LORA_FUSED_INLINE Words words_load(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
 LORA_FUSED_INLINE void words_store(void* p, Words v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 LORA_FUSED_INLINE Words words_set1(u32 v) { return _mm256_set1_epi32(static_cast<int>(v)); }
 LORA_FUSED_INLINE Words vec_as_words(Vec v) { return _mm256_castps_si256(v); }
@@ -167,7 +174,8 @@ LORA_FUSED_INLINE Words words_keep(Words v, u32 keep) {
   if constexpr (kBytes == 4) {
     return vec_as_words(vec_keep(words_as_vec(v), keep));
   } else {
-    const Words bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
+    const Words bit =
+        _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
     const Words set = _mm256_and_si256(_mm256_set1_epi16(static_cast<short>(keep)), bit);
     return _mm256_and_si256(v, _mm256_cmpeq_epi16(set, bit));
   }

@@ -24,8 +24,8 @@ fp32, vendor's GEMM MKL at 85-90 % of the peak:
              M = 16    0.8-0.9 / 1.1 / 1.0-1.1         from 16 M weights on; smaller ones 1.4-1.8
              others    1.1-1.3 / 1.0-1.5 / 1.0-1.1
     A packed weight was never faster than a plain one here (it was on an AMD Zen 4 prototype).
-fp16, vendor's GEMM oneDNN forward; its dx runs at 0.1-2 GFLOP/s from M = 128 on:
-    forward  0.5-1.0 / 1.1-1.4 / 1.0-1.2               dx  0.4-1.1 / 1.0-1.4 / 1.0-1.4, or 100 x less
+fp16, vendor's GEMM oneDNN; its dx runs at 0.1-2 GFLOP/s from M = 128 on, own 160:
+    forward  0.5-1.0 / 1.1-1.4 / 1.0-1.2     dx (M <= 16)  0.4-1.1 / 1.0-1.4 / 1.0-1.4
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _bf16_tiles_across(problem: Problem) -> str:
 
 
 def _bf16_by_vectors(problem: Problem) -> str:
-    """No tiles on either side. From a prototype's measurements on an AMD Zen 4, not these kernels'."""
+    """No tiles on either side. Measured with a prototype on an AMD Zen 4, not with these kernels."""
     if problem.M <= 16:
         return "own"
     if problem.prepacked:

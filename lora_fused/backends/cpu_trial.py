@@ -51,7 +51,7 @@ def _candidates(trial: Problem, threads: int, direction: str) -> dict[str, Calla
             made.append(_prepare(trial, direction))
         return made[0](Config("cpu", strategy, strategy, cpu.isa(), threads))
 
-    names = ("own", "packed") if trial.prepacked else ("own",)
+    names: tuple[str, ...] = ("own", "packed") if trial.prepacked else ("own",)
     names += ("hybrid",) if trial.dropout else ("hybrid", "library")
     return {name: lambda name=name: run(name) for name in names}  # type: ignore[misc]
 
