@@ -121,7 +121,7 @@ def _bf16_tiles_across(problem: Problem) -> str:
 
 
 def _bf16_by_vectors(problem: Problem) -> str:
-    """No tiles on either side. Measured with a prototype on an AMD Zen 4, not with these kernels."""
+    """No tiles on either side. Measured with a prototype on an AMD Zen 4, not these kernels."""
     if problem.M <= 16:
         return "own"
     if problem.prepacked:
