@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("peft")
 
+from lora_fused.integrations.peft import accelerate, explain
 from tests.peft_models import (
     GPT2_LAYERS,
     LLAMA_LAYERS,
@@ -21,8 +22,6 @@ from tests.peft_models import (
     outputs_of,
     tokens,
 )
-
-from lora_fused.integrations.peft import accelerate, explain
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model
-from tests.peft_models import LLAMA_LAYERS, adapted, gpt2, llama, outputs_of, tokens
 
 from lora_fused.integrations.peft import accelerate, explain
+from tests.peft_models import LLAMA_LAYERS, adapted, gpt2, llama, outputs_of, tokens
 
 
 class Block(nn.Module):

@@ -22,6 +22,15 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora.layer import Linear
+
+from lora_fused.integrations.peft import (
+    FusedLinear,
+    accelerate,
+    accelerated,
+    explain,
+    register,
+    restore,
+)
 from tests.peft_models import (
     GPT2_LAYERS,
     LLAMA_LAYERS,
@@ -31,15 +40,6 @@ from tests.peft_models import (
     llama,
     outputs_of,
     tokens,
-)
-
-from lora_fused.integrations.peft import (
-    FusedLinear,
-    accelerate,
-    accelerated,
-    explain,
-    register,
-    restore,
 )
 
 
