@@ -21,7 +21,9 @@ from lora_fused.integrations.peft_guards import (
     NO_ADAPTER,
     NOTHING_TO_FUSE,
     Options,
+    child,
     drops,
+    parameter,
     why_stock_input,
     why_stock_layer,
 )
@@ -72,7 +74,8 @@ class FusedLinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
-            adapters: Sequence[str] = [a for a in self.active_adapters if a in self.lora_A]
+            lora_A = self._modules["lora_A"]._modules  # type: ignore[union-attr]
+            adapters: Sequence[str] = [a for a in self.active_adapters if a in lora_A]
         else:
             self._check_forward_args(x, *args, **kwargs)
             adapters = [a for a in dict.fromkeys(adapter_names) if a in self.lora_A]
@@ -96,8 +99,9 @@ def _why_stock(
         return MERGED
     if not adapters:
         return NO_ADAPTER
-    mixed, options = kwargs.get("adapter_names") is not None, layer._lora_fused.options
-    if args or kwargs.keys() - _KNOWN_ARGUMENTS or kwargs.get("alora_offsets") is not None:
+    mixed = bool(kwargs) and kwargs.get("adapter_names") is not None
+    options = layer._lora_fused.options
+    if args or (kwargs and _has_more_than_names(kwargs)):
         return "the call has extra arguments"
     if mixed and (not isinstance(x, Tensor) or x.dim() < 2):
         return "a mixed batch needs an input of two dimensions or more"
@@ -109,16 +113,23 @@ def _why_stock(
     return why or why_stock_input(layer, x, adapters, options)
 
 
+def _has_more_than_names(kwargs: dict[str, Any]) -> bool:
+    return bool(kwargs.keys() - _KNOWN_ARGUMENTS) or kwargs.get("alora_offsets") is not None
+
+
 def fused_call(layer: Any, x: Tensor, adapters: Sequence[str]) -> Tensor:
     """What PEFT's forward computes with these adapters, in one pass over x and y."""
-    base, options = layer.base_layer, layer._lora_fused.options
-    weight = base.weight.t() if type(base) is Conv1D else base.weight
+    base, options = layer._modules["base_layer"], layer._lora_fused.options
+    weight = parameter(base, "weight")
+    if type(base) is Conv1D:
+        weight = weight.t()
     if not adapters:
-        return call_layer(x, weight, None, None, base.bias, 1.0, 0.0, None, options.backend)
+        bias = parameter(base, "bias")
+        return call_layer(x, weight, None, None, bias, 1.0, 0.0, None, options.backend)
     lora_A, lora_B, scaling = _one_adapter(layer, adapters)
     p, keep = 0.0, None
     if drops(layer, adapters[0]):
-        p = layer.lora_dropout[adapters[0]].p
+        p = child(layer, "lora_dropout", adapters[0]).p
         if options.match_torch_rng:
             keep = _torch_mask(x, p, lora_A.dtype)
     bias = _bias(layer, adapters)
@@ -127,8 +138,8 @@ def fused_call(layer: Any, x: Tensor, adapters: Sequence[str]) -> Tensor:
 
 def _one_adapter(layer: Any, adapters: Sequence[str]) -> tuple[Tensor, Tensor, float]:
     """lora_A, lora_B and scaling; several adapters become one of the sum of their ranks."""
-    a = [layer.lora_A[name].weight for name in adapters]
-    b = [layer.lora_B[name].weight for name in adapters]
+    a = [parameter(child(layer, "lora_A", name), "weight") for name in adapters]
+    b = [parameter(child(layer, "lora_B", name), "weight") for name in adapters]
     scaling = [float(layer.scaling[name]) for name in adapters]
     if len(adapters) == 1:
         return a[0], b[0], scaling[0]
@@ -144,9 +155,9 @@ def _one_adapter(layer: Any, adapters: Sequence[str]) -> tuple[Tensor, Tensor, f
 
 def _bias(layer: Any, adapters: Sequence[str]) -> Tensor | None:
     """The base bias, plus the scaled biases of lora_B (lora_bias=True), added in fp32."""
-    bias: Tensor | None = layer.base_layer.bias
+    bias: Tensor | None = parameter(layer._modules["base_layer"], "bias")
     for name in adapters:
-        lora_bias = layer.lora_B[name].bias
+        lora_bias = parameter(child(layer, "lora_B", name), "bias")
         if lora_bias is None:
             continue
         wide = torch.promote_types(lora_bias.dtype, torch.float32)
