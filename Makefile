@@ -8,7 +8,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check -q
 
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: bench bench-full test test-full format lint clean
+.PHONY: bench bench-full test test-full test-peft format lint clean
 
 bench: $(VENV)/.bench
 	$(PY) -m benchmarks --quick
@@ -21,6 +21,9 @@ test: $(VENV)/.test
 
 test-full: $(VENV)/.test
 	$(PY) -m pytest -m "full or not full"
+
+test-peft: $(VENV)/.peft
+	$(PY) tests/peft_suite.py
 
 format: $(VENV)/.dev
 	$(PY) -m ruff format .
@@ -43,6 +46,10 @@ $(VENV)/.installed: $(NATIVE)
 
 $(VENV)/.test: $(VENV)/.bench
 	$(PIP) install --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/.peft: $(VENV)/.test
+	$(PIP) install --no-build-isolation -e ".[peft-suite]"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.installed

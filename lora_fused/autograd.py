@@ -118,7 +118,7 @@ def lora_forward(
         )
     ops, s = BACKENDS[route.config.backend], None
     if route.problem.R > 0:
-        s = ops.shrink(route, x, lora_A, call.scale, call.mask)
+        s = ops.shrink(route, kept(x, call.keep), lora_A, call.scale, call.mask)
     y = ops.matmul(route, "forward", x, weight, s, lora_B, bias, packed=call.packed)
     return y, s
 
@@ -136,19 +136,33 @@ def lora_backward(call: Call, dy: Tensor, saved: Saved) -> Gradients:
     dx = dweight = da = dbias = None
     ds, db = shrink_gradients(call, dy, saved.s, saved.lora_B)
     if "x" in needs:
-        dx = ops.matmul(
-            route, "dx", dy, saved.weight, ds, saved.lora_A, mask=call.mask, packed=call.packed
-        )
+        dx = input_gradient(call, dy, ds, saved)
     if "lora_A" in needs:
         if ds is None:
             da = dy.new_zeros(0, route.problem.K, dtype=a_dtype)
-        else:
-            da = ops.reduce(route, ds, x, call.mask, a_dtype)
+        elif x is not None:
+            da = ops.reduce(route, ds, kept(x, call.keep), call.mask, a_dtype)
     if "weight" in needs and x is not None:
         dweight = weight_gradient(dy, x, weight_dtype)
     if "bias" in needs:
         dbias = flatten(dy).sum(0, dtype=bias_dtype)
     return Gradients(dx, dweight, da, db, dbias)
+
+
+def kept(x: Tensor, keep: Tensor | None) -> Tensor:
+    """x with a given dropout mask applied; backends know only masks that they regenerate."""
+    return x if keep is None else x * keep.view(x.shape)
+
+
+def input_gradient(call: Call, dy: Tensor, ds: Tensor | None, saved: Saved) -> Tensor:
+    """dx = dy W + mask ⊙ (ds A)."""
+    route, weight, lora_A = call.route, saved.weight, saved.lora_A
+    matmul = BACKENDS[route.config.backend].matmul
+    if call.keep is None or ds is None or lora_A is None:
+        return matmul(route, "dx", dy, weight, ds, lora_A, mask=call.mask, packed=call.packed)
+    dx: Tensor = matmul(route, "dx", dy, weight, None, None, packed=call.packed)
+    flatten(dx).add_(torch.mm(ds, lora_A).mul_(call.keep))
+    return dx
 
 
 def shrink_gradients(

@@ -106,9 +106,11 @@ class Call(NamedTuple):
     """What one call carries from forward to backward besides tensors.
 
     scale is reference.effective_scaling of the scaling; packed a packed form of weight or None.
+    keep [M, K], bool, is a dropout mask that the caller drew, instead of one to regenerate.
     """
 
     route: Route
     scale: float
     mask: Mask | None = None
     packed: object = None
+    keep: Tensor | None = None

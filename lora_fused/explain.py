@@ -112,7 +112,7 @@ def _report(name: str, layer: FusedLoRALinear, x: Tensor) -> LayerReport:
     if plain and pack is None:
         reason = "the adapter is merged" if layer.merged else "r = 0: there is no adapter"
         return LayerReport(name, repr(layer), None, None, (reason,))
-    lora_A, lora_B = (None, None) if plain else (layer.lora_A, layer.lora_B)
+    lora_A, lora_B = (None, None) if plain else layer.adapter()
     dropout = not plain and layer.training and dropout_threshold(layer.lora_dropout) > 0
     route = route_for(
         x, weight, lora_A, lora_B, layer.bias, dropout, layer.backend, pack, _needs(layer, plain)

@@ -8,6 +8,7 @@ from torch import Tensor
 from lora_fused import checks
 from lora_fused.autograd import LoRALinearFunction, lora_forward
 from lora_fused.backends.cpu import PackedWeight
+from lora_fused.backends.torch_ops import flatten
 from lora_fused.config import Call, Mask
 from lora_fused.dispatch import route_for
 from lora_fused.reference import dropout_threshold, effective_scaling, keep_mask, lora_linear_ref
@@ -71,22 +72,31 @@ def call_layer(
     seed: int | Tensor | None,
     backend: str,
     packed: PackedWeight | None = None,
+    keep: Tensor | None = None,
 ) -> Tensor:
-    """lora_linear as modules call it: adapters may be None (a plain linear), the weight packed."""
+    """lora_linear as modules call it: adapters may be None (a plain linear), the weight packed.
+
+    keep [..., K], bool: the dropout mask, drawn by the caller with probability dropout_p. Not
+    where calls are recorded or transformed.
+    """
     if torch._C._are_functorch_transforms_active() or is_traced():
         return _recorded(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, backend)
     mask, scale = None, scaling
-    if dropout_p != 0.0 or seed is not None:
+    if keep is not None:
+        keep = flatten(keep)
+        scale = scaling / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    elif dropout_p != 0.0 or seed is not None:
         checks.check_dropout(dropout_p, seed)
         if lora_A is not None and dropout_threshold(dropout_p) > 0:
             mask = make_mask(draw_seed(x.device) if seed is None else seed, dropout_p)
             scale = effective_scaling(scaling, dropout_p)
     if type(scale) is not float:
         checks.check_scaling(scaling)
-    route = route_for(x, weight, lora_A, lora_B, bias, mask is not None, backend, packed)
+    dropout = mask is not None or keep is not None
+    route = route_for(x, weight, lora_A, lora_B, bias, dropout, backend, packed)
     if x.dtype != route.compute:
         x = x.to(route.compute)
-    call = Call(route, scale, mask, packed)
+    call = Call(route, scale, mask, packed, keep)
     if route.needs:
         return LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, call)
     return lora_forward(call, x, weight, lora_A, lora_B, bias)[0]

@@ -123,8 +123,9 @@ class FusedLoRALinear(nn.Linear):
         rows, cols = weight.shape
         in_features, out_features = (rows, cols) if fan_in_fan_out else (cols, rows)
         layer = cls(
-            in_features, out_features, 0, lora_alpha, lora_dropout, False, use_rslora,
-            fan_in_fan_out, merge_weights, backend, "meta", weight.dtype,
+            in_features, out_features, 0, lora_alpha, lora_dropout, bias=False,
+            use_rslora=use_rslora, fan_in_fan_out=fan_in_fan_out, merge_weights=merge_weights,
+            backend=backend, device="meta", dtype=weight.dtype,
         )  # fmt: skip
         layer.weight = weight
         layer.register_parameter("bias", getattr(linear, "bias", None))
@@ -158,27 +159,21 @@ class FusedLoRALinear(nn.Linear):
                 return nn.functional.linear(x, weight, self.bias)
             return call_layer(x, weight, None, None, self.bias, 1.0, 0.0, None, self.backend, pack)
         p = self.lora_dropout if self.training else 0.0
+        lora_A, lora_B = self.adapter()
         return call_layer(
-            x,
-            weight,
-            self.lora_A,
-            self.lora_B,
-            self.bias,
-            self.scaling,
-            p,
-            None,
-            self.backend,
-            pack,
+            x, weight, lora_A, lora_B, self.bias, self.scaling, p, None, self.backend, pack
         )
+
+    def adapter(self) -> tuple[Tensor, Tensor]:
+        """lora_A [R, in] and lora_B [out, R] to compute with; subclasses may store them packed."""
+        return self.lora_A, self.lora_B
 
     def lora_weights(self) -> LoRAWeights:
         """This layer as a member of lora_linear_group. Not for a merged layer or one with r = 0."""
         if self.r == 0 or self.merged:
             raise RuntimeError("lora_weights: the layer has no adapter apart from its weight.")
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        return LoRAWeights(
-            weight, self.lora_A, self.lora_B, self.scaling, self.bias, self.lora_dropout
-        )
+        return LoRAWeights(weight, *self.adapter(), self.scaling, self.bias, self.lora_dropout)
 
     @property
     def merged(self) -> bool:
@@ -190,7 +185,7 @@ class FusedLoRALinear(nn.Linear):
         if self.merged or self.r == 0:
             return
         base = self.weight
-        a, b = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        a, b = (t.detach().clone() for t in self.adapter())
         total = add_delta(packed.read(base)[0].detach(), a, b, self.scaling, self.fan_in_fan_out)
         self.weight = nn.Parameter(total, requires_grad=base.requires_grad)
         self._merged = Merged(base, a, b, self.scaling, fingerprint(total))

@@ -1,0 +1,1 @@
+"""lora_fused inside other libraries: one module per library, imported on request only."""
