@@ -43,10 +43,11 @@ LORA_FUSED_INLINE void add_words(const Segment& segment, i64 first, i64 last, Ve
   }
 }
 
-// Words that one chain of additions spans. NOTE: the rounding error grows with the chain; 128 keeps fp32
-// within that of the vendor's GEMM at every shape (its own chains are that short for few rows), at 2 % of the
-// time.
-constexpr i64 kSumWords = 128;
+// Words that one chain of additions spans. NOTE: the rounding error grows with the chain; 64 keeps fp32
+// within that of the vendor's GEMM at every shape (for few rows its chains are that short). Sums of bf16
+// pairs are rounded to bf16, where a longer chain does not show.
+template <bool kPairs>
+constexpr i64 kSumWords = kPairs ? 512 : 64;
 
 template <int kRows, int kVectors>
 LORA_FUSED_INLINE void flush(Vec (&sum)[kRows][kVectors], float* c, i64 ldc, bool accumulate) {
@@ -68,8 +69,8 @@ static void vector_tile(const Segment& first, const Segment& second, float* c, i
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sum[i][v] = vec_zero();
   i64 w = 0;
-  for (; w + kSumWords < first.words; w += kSumWords) {
-    add_words<kPairs>(first, w, w + kSumWords, sum);
+  for (; w + kSumWords<kPairs> < first.words; w += kSumWords<kPairs>) {
+    add_words<kPairs>(first, w, w + kSumWords<kPairs>, sum);
     flush(sum, c, ldc, accumulate || w > 0);
   }
   add_words<kPairs>(first, w, first.words, sum);
