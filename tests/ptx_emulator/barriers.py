@@ -34,6 +34,7 @@ class BlockBarriers:
         self.open: dict[tuple[int, int], NamedBarrier] = {}
         self.votes = np.zeros(machine.lane_count, bool)
         self.results = np.zeros(machine.lane_count, np.int64)
+        self.voters = np.zeros(machine.lane_count, np.int64)
 
     def converged(self, group: Group) -> np.ndarray:
         """Lanes whose whole warp stands here; the others are blocked."""
@@ -113,6 +114,7 @@ class BlockBarriers:
             clocks.join(team, members)
         machine.races.joined(np.concatenate([lanes, *barrier.passers]))
         self.results[lanes] = np.count_nonzero(self.votes[lanes])
+        self.voters[lanes] = len(lanes)
         machine.release(lanes)
 
 

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from .machine import Machine
 
 
+def check_branch(ins: Instruction) -> None:
+    """Raise for a form of a branch or an exit that is not known."""
+    table = ("idx",) if ins.opcode == "brx" else ()
+    if ins.modifiers not in (table, (*table, "uni")):
+        raise UnknownInstruction(ins)
+
+
 class Code:
     """Parallel lists, indexed by the order number of a block.
 
@@ -54,20 +61,15 @@ class Code:
 
     def _end(self, end: Instruction) -> tuple:
         program = self.machine.program
+        check_branch(end)
         if end.opcode == "bra":
-            if set(end.modifiers) - {"uni"}:
-                raise UnknownInstruction(end)
             target = program.target(end.operands[0].name)
             return end, self._guard(end), lambda group: target
         if end.opcode == "brx":
-            if end.modifiers not in (("idx",), ("idx", "uni")):
-                raise UnknownInstruction(end)
             labels = self.machine.kernel.tables[end.operands[1].name]
             table = np.array([program.target(label) for label in labels], np.int32)
             index = self.machine.registers.source(end, end.operands[0], "u32")
             return end, self._guard(end), lambda group: table[index(group)]
-        if end.modifiers not in ((), ("uni",)):
-            raise UnknownInstruction(end)
         return end, self._guard(end), self._trap if end.opcode == "trap" else None
 
     def _trap(self, group: Group) -> None:

@@ -116,6 +116,8 @@ class TransactionBarriers:
         machine = self.machine
         barrier = self.get(int(lanes[0]), at)
         phase = barrier.phase
+        if not 1 <= count <= MAX_TRANSACTION:
+            machine.stop("mbarrier", f"arrival with count {count}", None)
         first = barrier.pending // count
         if 0 < first < len(lanes):  # one after the other: the rest arrives in the next phase
             self.arrive(lanes[:first], at, count, expect, release)

@@ -10,6 +10,7 @@ from .addresses import Resolver
 from .async_work import Job
 from .decode import Modifiers, Operation, opcode, operand_count
 from .instruction import Imm, Instruction
+from .ops_memory import PREFETCH_SIZES
 from .registers import Group, memory_operand
 from .report import UnknownInstruction
 
@@ -83,8 +84,7 @@ def _copy(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:
     target = mods.need("shared", "shared::cta")
     mods.need("global")
     policy = bool(mods.take("L2::cache_hint"))
-    for hint in [m for m in mods.left if m.startswith("L2::")]:
-        mods.take(hint)
+    mods.take(*PREFETCH_SIZES)
     mods.done()
     operands = ins.operands[:-1] if policy else ins.operands
     if len(operands) not in (3, 4):

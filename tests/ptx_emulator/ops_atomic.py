@@ -72,9 +72,8 @@ class AtomicForm:
         vector = mods.take("v2", "v4", "v8")
         self.count = int(vector[1:]) if vector else 1
         self.name = mods.need(*_ALLOWED)
-        mods.take("noftz", "ftz")
-        for hint in [m for m in mods.left if m.startswith("L2::") and m != "L2::cache_hint"]:
-            mods.take(hint)
+        if self.kind in _FLOATS:
+            mods.need("noftz")
         mods.done()
         if self.kind not in _ALLOWED[self.name]:
             raise UnknownInstruction(ins, f"{self.name} of .{self.kind}")

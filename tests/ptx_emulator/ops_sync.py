@@ -32,7 +32,7 @@ class BarrierForm:
         self.aligned = ins.opcode == "bar" or bool(mods.take("aligned"))
         self.semantics = mods.take(*SEMANTICS) if self.level == "cluster" else ""
         self.reduction = mods.take("popc", "and", "or") if self.action == "red" else ""
-        self.kind = mods.take("u32", "pred") if self.action == "red" else ""
+        self.kind = mods.need("u32", "pred") if self.action == "red" else ""
         mods.done()
         cluster_action = self.action in ("arrive", "wait")
         if (self.level == "cluster") != (self.action == "wait") and not (
@@ -120,7 +120,7 @@ def _reduction(machine: Machine, ins: Instruction, form: BarrierForm) -> Operati
         elif form.reduction == "or":
             put(group, votes > 0)
         else:
-            put(group, votes == machine.layout.threads)
+            put(group, votes == machine.barriers.voters[group.lanes])
 
     return run
 
@@ -210,7 +210,13 @@ def _proxy_fence(machine: Machine, ins: Instruction, mods: Modifiers) -> Operati
 @opcode("griddepcontrol", "nanosleep")
 def no_effect(machine: Machine, ins: Instruction) -> Operation:
     """Dependent launches are satisfied here; sleeping lets others run."""
+    mods = Modifiers(ins)
     if ins.opcode == "griddepcontrol":
-        Modifiers(ins).need("wait", "launch_dependents")
+        mods.need("wait", "launch_dependents")
+        mods.done()
+        operand_count(ins, 0)
         return lambda group: None
+    mods.need("u32")
+    mods.done()
+    operand_count(ins, 1)
     return lambda group: machine.yield_lanes(group.lanes)

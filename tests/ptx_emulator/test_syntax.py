@@ -83,7 +83,7 @@ def test_a_loop_comes_before_what_follows_it() -> None:
 
 
 def test_launch_must_fit_the_kernel() -> None:
-    with pytest.raises(ValueError, match="allows .128, 1, 1. threads"):
+    with pytest.raises(ValueError, match=r"allows .128, 1, 1. threads"):
         run(module("tile_gemm"), "tile_gemm", 1, 256, [])
     with pytest.raises(ValueError, match="needs clusters of"):
         run(module("hopper_gemm"), "hopper_gemm", 2, 256, [])
