@@ -8,9 +8,10 @@ import numpy as np
 
 from . import decode
 from .instruction import Instruction
-from .program import Block, is_branch
+from .program import Block, is_branch, registers_in
 from .registers import Group
 from .report import UnknownInstruction
+from .warpgroups import held_registers
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -35,6 +36,7 @@ class Code:
         self.gates: list[decode.Operation | None] = []
         self.gate_guards: list = []
         self.ends: list[tuple] = []
+        self.held = frozenset().union(*map(held_registers, machine.kernel.instructions))
         for block in machine.program.blocks:
             self._add(block)
 
@@ -43,7 +45,7 @@ class Code:
         branch = is_branch(block.end)
         self.bodies.append(
             [
-                (ins, decode.build(self.machine, ins), self._guard(ins))
+                (ins, self._operation(ins), self._guard(ins))
                 for ins in (body[:-1] if branch else body)
             ]
         )
@@ -55,6 +57,19 @@ class Code:
         self.gates.append(gate)
         self.gate_guards.append(self._guard(body[0]))
         self.ends.append(self._end(block.end) if branch else (None, None, None))
+
+    def _operation(self, ins: Instruction) -> decode.Operation:
+        operation = decode.build(self.machine, ins)
+        used = (name for operand in ins.operands for name in registers_in(operand))
+        names = self.held.intersection(used)
+        if not names or ins.opcode == "wgmma":
+            return operation
+
+        def watched(group: Group) -> None:
+            operation(group)
+            self.machine.warpgroups.touch(group, names)
+
+        return watched
 
     def _guard(self, ins: Instruction):
         return self.machine.registers.source(ins, ins.guard, "pred") if ins.guard else None

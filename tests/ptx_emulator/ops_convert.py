@@ -8,8 +8,8 @@ import numpy as np
 
 from .decode import Modifiers, Operation, opcode, operand_count
 from .instruction import Instruction, type_bytes
-from .layout import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW
 from .ops_float import flush
+from .placement import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW
 from .ptx_types import numpy_type
 from .report import UnknownInstruction
 from .rounding import bf16_bits, f16_bits, round_to, to_float
@@ -179,7 +179,7 @@ _WINDOWS = {
 
 @opcode("cvta")
 def convert_address(machine: Machine, ins: Instruction) -> Operation:
-    """Between generic addresses and addresses of one state space (windows, see layout.py)."""
+    """Between generic addresses and addresses of one state space (windows, see placement.py)."""
     mods = Modifiers(ins)
     kind = mods.last()
     back = mods.take("to")

@@ -8,6 +8,7 @@ import numpy as np
 
 from .addresses import Resolver
 from .decode import Modifiers, Operation, opcode, operand_count
+from .global_races import WEAK, strength
 from .instruction import Instruction, type_bytes
 from .ptx_types import RAW, is_type, numpy_type
 from .registers import memory_operand
@@ -54,7 +55,7 @@ class AccessForm:
             raise UnknownInstruction(ins, "no scope")
         self.unit = type_bytes(self.kind)
         self.size = self.unit * self.count
-        self.strong = bool(self.order)
+        self.strong = strength(self.scope) if self.order else WEAK
 
 
 @opcode("ld")
@@ -83,9 +84,10 @@ def load(machine: Machine, ins: Instruction) -> Operation:
 
 
 def _observe(machine: Machine, lanes: np.ndarray, at: np.ndarray, form: AccessForm) -> None:
-    if machine.races.objects:
+    races = machine.races
+    if races.objects or races.nearby:
         for lane, where in zip(lanes.tolist(), at.tolist(), strict=True):
-            machine.races.observe(lane, where, form.order == "acquire")
+            races.observe(lane, where, form.order == "acquire", form.strong)
 
 
 @opcode("st")
@@ -102,14 +104,14 @@ def store(machine: Machine, ins: Instruction) -> Operation:
         if form.strong and space is machine.memory:
             release = form.order == "release"
             for lane, where in zip(group.lanes.tolist(), at.tolist(), strict=True):
-                machine.races.write(lane, where, release, read_too=False)
+                machine.races.write(lane, where, release, read_too=False, scope=form.strong)
         if machine.counters is not None:
             machine.traffic.access("store", space, group.lanes, at, form.size)
 
     return run
 
 
-def write(machine: Machine, lanes, space, at: np.ndarray, values: np.ndarray, strong: bool) -> None:
+def write(machine: Machine, lanes, space, at: np.ndarray, values: np.ndarray, strong: int) -> None:
     """Check, order and perform a store of values [n, k]."""
     size = values.shape[1] * values.dtype.itemsize
     machine.progress += 1

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .decode import Modifiers, Operation, gate, opcode, operand_count
+from .global_races import strength
 from .instruction import Imm, Instruction
 from .registers import Group
 from .report import UnknownInstruction
@@ -187,14 +188,15 @@ def fence(machine: Machine, ins: Instruction) -> Operation:
         mods.done()
         return lambda group: machine.mbarriers.fence_init(group.lanes)
     mods.take("sc", "acq_rel", "acquire", "release")
-    mods.need(*SCOPES)
+    scope = strength(mods.need(*SCOPES))
     mods.done()
-    return lambda group: machine.races.fence(group.lanes)
+    return lambda group: machine.races.fence(group.lanes, scope)
 
 
 def _proxy_fence(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:
     kind = mods.need("async", "tensormap::generic", "alias", "async::generic")
-    mods.take("global", "shared::cta", "shared::cluster", "shared::{cta,cluster}")
+    space = mods.take("global", "shared::cta", "shared::cluster", "shared::{cta,cluster}")
+    spaces = {space.split("::")[0]} if space else {"global", "shared"}
     if kind == "tensormap::generic":
         action = mods.need("acquire", "release")
         mods.need(*SCOPES)
@@ -204,7 +206,7 @@ def _proxy_fence(machine: Machine, ins: Instruction, mods: Modifiers) -> Operati
     mods.done()
     if kind != "async":
         raise UnknownInstruction(ins)
-    return lambda group: machine.fence_proxy(group.lanes)
+    return lambda group: machine.fence_proxy(group.lanes, spaces)
 
 
 @opcode("griddepcontrol", "nanosleep")
