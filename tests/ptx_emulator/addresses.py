@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .instruction import Instruction, Memory, Reg, Symbol
-from .layout import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WINDOW_SIZE, symbol_space
 from .memory import Space
+from .placement import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WINDOW_SIZE, symbol_space
 from .registers import Group
 from .report import UnknownInstruction
 

@@ -43,11 +43,13 @@ class Job:
 
 @dataclass(eq=False)
 class BulkStore:
-    """A bulk store in a bulk group: waited for before its source is reused and before exit."""
+    """A bulk store in a bulk group: waited for before its source is reused and before exit, and
+    without `.read` before its destination counts as written."""
 
     job: Job
     group: int
-    after: Callable[[], None]
+    source_free: Callable[[], None]
+    written: Callable[[], None]
     read_done: bool = False
 
 
@@ -85,13 +87,16 @@ class AsyncWork:
         """`cp.async.commit_group`: earlier uncommitted copies become the newest group."""
         self.committed[lanes] += 1
 
-    def wait(self, lanes: np.ndarray, newest: int | None) -> None:
-        """All but the `newest` committed groups of each lane are complete; None: everything."""
+    def wait(
+        self, lanes: np.ndarray, newest: int | None, records: list[Copies] | None = None
+    ) -> None:
+        """All but the `newest` committed groups of each lane are complete; None: everything,
+        or everything among `records`."""
         limit = np.full(self.machine.lane_count, -1, np.int64)
         limit[lanes] = (
             self.committed[lanes] + 1 if newest is None else self.committed[lanes] - newest
         )
-        for record in self.copies:
+        for record in self.copies if records is None else records:
             due = record.left & (record.group < limit[record.lanes])
             if due.any():
                 self._land_copies(record, due)
@@ -143,10 +148,10 @@ class AsyncWork:
         for job in [job for job in self.jobs if job.team == team]:
             self.finish(job)
 
-    def store(self, lane: int, job: Job, after: Callable[[], None]) -> None:
+    def store(self, lane: int, job: Job, source_free, written) -> None:
         """A bulk store joins the lane's open bulk group."""
         group = self.bulk_committed.get(lane, 0)
-        self.bulk.setdefault(lane, []).append(BulkStore(job, group, after))
+        self.bulk.setdefault(lane, []).append(BulkStore(job, group, source_free, written))
         self.submit(job)
 
     def commit_bulk(self, lane: int) -> None:
@@ -159,9 +164,10 @@ class AsyncWork:
             if store.group < limit:
                 self.finish(store.job)
                 if not store.read_done:
-                    store.after()
+                    store.source_free()
                     store.read_done = True
                 if not read_only:
+                    store.written()
                     continue
             left.append(store)
         self.bulk[lane] = left

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .global_races import Knowledge, merged
 from .registers import Group
 from .states import EXITED
 
@@ -34,6 +35,7 @@ class BlockBarriers:
         self.open: dict[tuple[int, int], NamedBarrier] = {}
         self.votes = np.zeros(machine.lane_count, bool)
         self.results = np.zeros(machine.lane_count, np.int64)
+        self.voters = np.zeros(machine.lane_count, np.int64)
 
     def converged(self, group: Group) -> np.ndarray:
         """Lanes whose whole warp stands here; the others are blocked."""
@@ -111,8 +113,9 @@ class BlockBarriers:
             clocks.join_team(np.array([team]))
         else:
             clocks.join(team, members)
-        machine.races.joined(np.concatenate([lanes, *barrier.passers]))
+        machine.races.joined(lanes, barrier.passers)
         self.results[lanes] = np.count_nonzero(self.votes[lanes])
+        self.voters[lanes] = len(lanes)
         machine.release(lanes)
 
 
@@ -126,6 +129,8 @@ class _ClusterPhase:
     number: int = 0
     known: np.ndarray | None = None
     done: np.ndarray | None = None
+    abroad: Knowledge = field(default_factory=dict)
+    abroad_done: Knowledge = field(default_factory=dict)
 
 
 class ClusterBarriers:
@@ -147,6 +152,8 @@ class ClusterBarriers:
                 if phase.known is not None:
                     known = np.maximum(_fit(phase.known, machine.clocks), known)
                 phase.known = known
+                seen = machine.races.known_to(lanes[teams == team])
+                phase.abroad = merged(phase.abroad, seen)
             self.update(team)
 
     def update(self, team: int) -> None:
@@ -157,6 +164,7 @@ class ClusterBarriers:
         if len(live) and (self.arrivals[live] > phase.number).all():
             phase.number += 1
             phase.done, phase.known = phase.known, None
+            phase.abroad_done, phase.abroad = phase.abroad, {}
             machine.progress += 1
             if machine.counters is not None:
                 machine.counters.barriers += 1
@@ -174,6 +182,7 @@ class ClusterBarriers:
                 if acquire and phase.done is not None:
                     known = _fit(phase.done, machine.clocks)
                     machine.clocks.acquire(team, members[done], known)
+                    machine.races.learn(lanes[done], phase.abroad_done)
                 machine.release(lanes[done])
             machine.block(lanes[here & ~done], "barrier.cluster")
 

@@ -28,7 +28,8 @@ class Clocks:
         self.known[:, :, ~threads] = _PADDING
         self.floor = np.zeros((teams, lanes), np.int32)
         self.fenced = np.zeros((teams, lanes), np.int32)
-        self.fence_view: np.ndarray | None = None
+        self.fence_view: np.ndarray | None = None  # of shared memory
+        self.global_view: np.ndarray | None = None
         self.engine_ticks = np.zeros((teams, 0), np.int32)
 
     def add_engine(self) -> int:
@@ -89,13 +90,20 @@ class Clocks:
         self.known[team, members, :width] = rows
         self.floor[team, members] = rows[:, : self.lanes].min(axis=1)
 
-    def fence_proxy(self, team: np.ndarray, members: np.ndarray) -> None:
+    def fence_proxy(self, team: np.ndarray, members: np.ndarray, spaces: set[str]) -> None:
         """`fence.proxy.async`: earlier generic accesses become visible to the async proxy."""
-        self.fenced[team, members] = self.now[team, members]
+        known = self.known[team, members, : self.lanes]
+        shape = (*self.known.shape[:2], self.lanes)
+        if "shared" in spaces:
+            self.fenced[team, members] = self.now[team, members]
+            if self.fence_view is None:
+                self.fence_view = np.zeros(shape, np.int32)
+            self.fence_view[team, members] = known
+        if "global" in spaces:
+            if self.global_view is None:
+                self.global_view = np.zeros(shape, np.int32)
+            self.global_view[team, members] = known
         self.now[team, members] += 1
-        if self.fence_view is None:
-            self.fence_view = np.zeros((*self.known.shape[:2], self.lanes), np.int32)
-        self.fence_view[team, members] = self.known[team, members, : self.lanes]
 
     def crossed(self, team, lane, writer: np.ndarray, tick: np.ndarray) -> np.ndarray:
         """Whether generic writes reached the async proxy, by a fence of writer or of `lane`."""
@@ -111,5 +119,6 @@ class Clocks:
         self.known[team][:, : self.lanes][:, ~threads] = _PADDING
         self.floor[team] = 0
         self.fenced[team] = 0
-        if self.fence_view is not None:
-            self.fence_view[team] = 0
+        for view in (self.fence_view, self.global_view):
+            if view is not None:
+                view[team] = 0

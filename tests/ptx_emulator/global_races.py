@@ -12,12 +12,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .clocks import NEVER
-from .races import Same
+from .races import Granules, Same
 
 if TYPE_CHECKING:
     from .machine import Machine
 
 Knowledge = dict[int, np.ndarray]  # cluster -> tick per lane of that cluster
+WEAK, NARROW, WIDE = 0, 1, 2  # strong accesses of .cta or .cluster scope, of .gpu or .sys scope
+
+
+def strength(scope: str) -> int:
+    return NARROW if scope in ("cta", "cluster") else WIDE
+
+
+def _of_cluster(knowledge: Knowledge, cluster: int) -> Knowledge:
+    return {cluster: knowledge[cluster]} if cluster in knowledge else {}
 
 
 def merged(a: Knowledge, b: Knowledge) -> Knowledge:
@@ -27,15 +36,15 @@ def merged(a: Knowledge, b: Knowledge) -> Knowledge:
     return result
 
 
-class GlobalTracker:
+class GlobalTracker(Granules):
     def __init__(self, machine: Machine, size: int, granule: int) -> None:
         self.machine = machine
         self.clocks = machine.clocks
-        self.shift = granule.bit_length() - 1
+        super().__init__(granule)
         count = size >> self.shift
         self.writer = np.full(count, -1, np.int32)
         self.written = np.zeros(count, np.int32)
-        self.strong = np.zeros(count, bool)
+        self.strong = np.zeros(count, np.uint8)
         self.by_engine = np.zeros(count, bool)
         self.write_at = np.zeros(count, np.int32)
         # the last reader, and the last one of another cluster than that
@@ -45,18 +54,23 @@ class GlobalTracker:
         self.knowledge: list[Knowledge] = [{}]
         self.known_by = np.zeros(machine.lane_count, np.int32)
         self.proxy_view = np.zeros(machine.lane_count, np.int32)
+        # what was released at a location: to everybody, and to the releasing cluster only
         self.objects: dict[int, Knowledge] = {}
-        self.fences: dict[int, tuple[np.ndarray, int]] = {}
-        self.unfenced_reads: dict[int, set[int]] = {}
+        self.nearby: dict[int, Knowledge] = {}
+        self.fences: dict[int, dict[int, tuple[np.ndarray, int]]] = {}  # lane -> scope -> known
+        self.unfenced_reads: dict[int, dict[int, int]] = {}
 
-    def granules(self, at: np.ndarray, size: int) -> np.ndarray:
-        first = at >> self.shift
-        count = max(size >> self.shift, 1)
-        return first[:, None] if count == 1 else first[:, None] + np.arange(count)
+    def restart(self, lanes: slice) -> None:
+        """New blocks start in these lanes: they know nothing."""
+        self.known_by[lanes] = 0
+        self.proxy_view[lanes] = 0
+        for lane in range(lanes.start, lanes.stop):
+            self.fences.pop(lane, None)
+            self.unfenced_reads.pop(lane, None)
 
     # ---- accesses --------------------------------------------------------------------------
 
-    def load(self, lanes, at, size: int, strong: bool = False, engine: bool = False) -> None:
+    def load(self, lanes, at, size: int, strong: int = WEAK, engine: bool = False) -> None:
         cells = self.granules(at, size)
         self._after_write(lanes, cells, strong, "load", None, engine)
         uid = self.machine.thread_ids(lanes)
@@ -78,7 +92,7 @@ class GlobalTracker:
         at: np.ndarray,
         size: int,
         same: Same | None,
-        strong: bool = False,
+        strong: int = WEAK,
         engine: bool = False,
     ) -> None:
         cells = self.granules(at, size)
@@ -123,18 +137,26 @@ class GlobalTracker:
         writer = self.writer[cells]
         candidates = writer >= 0
         if strong:
-            candidates &= ~self.strong[cells]
+            uid = self.machine.thread_ids(lanes)[:, None]
+            each = self.machine.cluster_threads
+            weaker = np.minimum(self.strong[cells], strong)
+            candidates &= (weaker == WEAK) | ((weaker == NARROW) & (writer // each != uid // each))
         if candidates.any():
             tick = self.written[cells]
             writer = np.where(candidates, writer, -1)
             message = f"{access} not ordered after the store"
-            self._check(lanes, cells, writer, tick, message, self.write_at, same)
+            self._check(lanes, cells, writer, tick, message, self.write_at, same, engine)
             if engine:
                 self._check_proxy(lanes, cells, writer, tick)
 
-    def _check(self, lanes, cells, other, tick, message: str, places, same: Same | None) -> None:
+    def _check(
+        self, lanes, cells, other, tick, message: str, places, same: Same | None, engine=False
+    ) -> None:
         uid = np.broadcast_to(self.machine.thread_ids(lanes)[:, None], cells.shape)
-        row, column = np.nonzero((other >= 0) & (other != uid))
+        apart = other != uid
+        if not engine:
+            apart |= tick == NEVER  # a bulk store of the thread itself that it did not wait for
+        row, column = np.nonzero((other >= 0) & apart)
         if not len(row):
             return
         other, tick = other[row, column], tick[row, column]
@@ -175,7 +197,7 @@ class GlobalTracker:
     def _crossed(self, lanes: np.ndarray, writer: np.ndarray, tick: np.ndarray) -> np.ndarray:
         """A fence.proxy.async after the store: by its writer, or by the reader once ordered."""
         done = tick <= self.machine.fence_ticks[writer]
-        view = self.clocks.fence_view
+        view = self.clocks.global_view
         if view is not None:
             done |= self.ordered(lanes, writer, tick, self.proxy_view, view)
         return done
@@ -210,62 +232,82 @@ class GlobalTracker:
 
     # ---- synchronisation -------------------------------------------------------------------
 
-    def joined(self, lanes: np.ndarray) -> None:
-        """A barrier among `lanes` (of one cluster): all know what any knew."""
-        kinds = np.unique(self.known_by[lanes])
-        if len(kinds) > 1:
-            total: Knowledge = {}
-            for kind in kinds.tolist():
-                total = merged(total, self.knowledge[kind])
-            self._learn(lanes, total)
+    def joined(self, lanes: np.ndarray, passers: list[np.ndarray] | None = None) -> None:
+        """A barrier of one cluster: `lanes` know what any of them and of the passers knew."""
+        everybody = np.concatenate([lanes, *(passers or [])])
+        if (self.known_by[everybody] != self.known_by[lanes[0]]).any():
+            self._learn(lanes, self.known_to(everybody))
+
+    def known_to(self, lanes: np.ndarray) -> Knowledge:
+        """What the lanes together know of other clusters."""
+        total: Knowledge = {}
+        for kind in np.unique(self.known_by[lanes]).tolist():
+            total = merged(total, self.knowledge[kind])
+        return total
+
+    def learn(self, lanes: np.ndarray, knowledge: Knowledge) -> None:
+        """The lanes acquired `knowledge` of other clusters."""
+        for kind in np.unique(self.known_by[lanes]).tolist() if knowledge else ():
+            mine = lanes[self.known_by[lanes] == kind]
+            self._learn(mine, merged(self.knowledge[kind], knowledge))
 
     def _learn(self, lanes, knowledge: Knowledge) -> None:
         self.knowledge.append(knowledge)
         self.known_by[lanes] = len(self.knowledge) - 1
 
-    def fence(self, lanes: np.ndarray) -> None:
+    def fence(self, lanes: np.ndarray, scope: int) -> None:
         """`fence.acq_rel` and stronger: later strong writes release, earlier reads acquire."""
         for lane in lanes.tolist():
-            for at in self.unfenced_reads.pop(lane, ()):
-                self._take(lane, self.objects[at])
+            for at, read_scope in self.unfenced_reads.pop(lane, {}).items():
+                self._take(lane, at, min(scope, read_scope))
         team, member = self.machine.team_of(lanes)
         rows = self.clocks.known[team, member, : self.clocks.lanes]
         rows[np.arange(len(lanes)), member] = self.clocks.now[team, member]
         self.clocks.now[team, member] += 1
         for lane, row, known in zip(lanes.tolist(), rows, self.known_by[lanes], strict=True):
-            self.fences[lane] = (row, int(known))
+            self.fences.setdefault(lane, {})[scope] = (row, int(known))
 
-    def write(self, lane: int, at: int, release: bool, read_too: bool) -> None:
+    def write(self, lane: int, at: int, release: bool, read_too: bool, scope: int) -> None:
         """A strong write (or read-modify-write) of one lane may release to later acquirers."""
         team, member = self.machine.team_and_member(lane)
         cluster = int(self.machine.cluster_of_team[team])
+        if not read_too:
+            self.objects.pop(at, None)
+            self.nearby.pop(at, None)
+        for reach, (row, known) in self.fences.get(lane, {}).items():
+            self._leave(at, cluster, row, known, min(scope, reach))
         if release:
-            left = self.knowledge[self.known_by[lane]]
             row = self.clocks.known[team, member, : self.clocks.lanes].copy()
             row[member] = self.clocks.now[team, member]
             self.clocks.now[team, member] += 1
-        elif lane in self.fences:
-            row, known = self.fences[lane]
-            left = self.knowledge[known]
-        else:
-            if not read_too:
-                self.objects.pop(at, None)
-            return
-        left = merged(left, {cluster: row})
-        self.objects[at] = merged(self.objects.get(at, {}), left) if read_too else left
+            self._leave(at, cluster, row, int(self.known_by[lane]), scope)
 
-    def observe(self, lane: int, at: int, acquire: bool) -> None:
+    def _leave(self, at: int, cluster: int, row: np.ndarray, known: int, scope: int) -> None:
+        """Add to what acquirers of a location learn."""
+        left = merged(self.knowledge[known], {cluster: row})
+        if scope == WIDE:
+            self.objects[at] = merged(self.objects.get(at, {}), left)
+        else:
+            left = _of_cluster(left, cluster)
+            self.nearby[at] = merged(self.nearby.get(at, {}), left)
+
+    def observe(self, lane: int, at: int, acquire: bool, scope: int) -> None:
         """A strong read of one lane may acquire what was released there."""
-        if at not in self.objects:
+        if at not in self.objects and at not in self.nearby:
             return
         if acquire:
-            self._take(lane, self.objects[at])
+            self._take(lane, at, scope)
         else:
-            self.unfenced_reads.setdefault(lane, set()).add(at)
+            reads = self.unfenced_reads.setdefault(lane, {})
+            reads[at] = max(scope, reads.get(at, scope))
 
-    def _take(self, lane: int, left: Knowledge) -> None:
+    def _take(self, lane: int, at: int, scope: int) -> None:
+        """Learn what was released at a location, as far as the scopes reach."""
         team, member = self.machine.team_and_member(lane)
-        own = left.get(int(self.machine.cluster_of_team[team]))
-        if own is not None:
-            self.clocks.acquire(team, np.array([member]), own)
+        cluster = int(self.machine.cluster_of_team[team])
+        left = self.objects.get(at, {})
+        left = left if scope == WIDE else _of_cluster(left, cluster)
+        left = merged(left, _of_cluster(self.nearby.get(at, {}), cluster))
+        if cluster in left:
+            self.clocks.acquire(team, np.array([member]), left[cluster])
         self._learn(lane, merged(self.knowledge[self.known_by[lane]], left))

@@ -25,9 +25,9 @@ from . import (  # noqa: F401  (every module registers its opcodes)
     ops_wgmma,
 )
 from .instruction import Kernel
-from .layout import Layout, place_variables
 from .machine import Machine
 from .memory import GlobalSpace
+from .placement import Layout, place_variables
 from .report import Report
 from .schedule import TOGETHER, Schedule
 from .syntax import Module, parse

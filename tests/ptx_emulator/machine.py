@@ -18,9 +18,9 @@ from .code import Code
 from .deadlock import report_deadlock
 from .global_races import GlobalTracker
 from .instruction import Instruction, Kernel
-from .layout import Layout, Variables, access_granule
 from .mbarriers import TransactionBarriers
 from .memory import GlobalSpace, SharedSpace, Space
+from .placement import Layout, Variables, access_granule
 from .program import Program
 from .races import SharedTracker
 from .registers import Group, RegisterFile
@@ -193,11 +193,12 @@ class Machine:
         queues = self.warpgroups.queues.values()
         return set().union(*(q.flying for q in queues), *self.tensor_memory.loading.values())
 
-    def fence_proxy(self, lanes: np.ndarray) -> None:
+    def fence_proxy(self, lanes: np.ndarray, spaces: set[str]) -> None:
         team, member = self.team_of(lanes)
-        self.fence_ticks[self.thread_ids(lanes)] = self.clocks.now[team, member]
-        self.races.proxy_view[lanes] = self.races.known_by[lanes]
-        self.clocks.fence_proxy(team, member)
+        if "global" in spaces:
+            self.fence_ticks[self.thread_ids(lanes)] = self.clocks.now[team, member]
+            self.races.proxy_view[lanes] = self.races.known_by[lanes]
+        self.clocks.fence_proxy(team, member, spaces)
 
     # ---- findings --------------------------------------------------------------------------
 
@@ -393,8 +394,7 @@ class Machine:
         self.pc[lanes] = 0
         self.through[lanes] = False
         self.yielded[lanes] = False
-        self.races.known_by[lanes] = 0
-        self.races.proxy_view[lanes] = 0
+        self.races.restart(lanes)
         self.registers.restart(lanes)
         self.cluster_barriers.start(team)
         for rank in range(self.layout.cluster_size):

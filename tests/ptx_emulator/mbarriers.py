@@ -6,10 +6,12 @@ completes when both are zero, and the next begins with the count given at init.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from .global_races import Knowledge, merged
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -27,6 +29,8 @@ class Mbarrier:
     phase: int = 0
     known: np.ndarray | None = None
     done: np.ndarray | None = None
+    abroad: Knowledge = field(default_factory=dict)
+    abroad_done: Knowledge = field(default_factory=dict)
     waiting: np.ndarray | None = None
 
 
@@ -116,6 +120,8 @@ class TransactionBarriers:
         machine = self.machine
         barrier = self.get(int(lanes[0]), at)
         phase = barrier.phase
+        if not 1 <= count <= MAX_TRANSACTION:
+            machine.stop("mbarrier", f"arrival with count {count}", None)
         first = barrier.pending // count
         if 0 < first < len(lanes):  # one after the other: the rest arrives in the next phase
             self.arrive(lanes[:first], at, count, expect, release)
@@ -124,6 +130,7 @@ class TransactionBarriers:
             team = int(lanes[0]) // machine.team_lanes
             known = machine.clocks.release(team, lanes % machine.team_lanes)
             barrier.known = _latest(barrier.known, known)
+            barrier.abroad = merged(barrier.abroad, machine.races.known_to(lanes))
         if expect:
             self._transactions(barrier, expect * len(lanes), at)
         barrier.pending -= count * len(lanes)
@@ -184,6 +191,9 @@ class TransactionBarriers:
         if barrier.known is not None:
             barrier.done = _latest(barrier.done, barrier.known)
         barrier.known = None
+        if barrier.abroad:
+            barrier.abroad_done = merged(barrier.abroad_done, barrier.abroad)
+            barrier.abroad = {}
         if barrier.waiting is not None:
             self.machine.retry(barrier.waiting)
             barrier.waiting = None
@@ -205,8 +215,9 @@ class TransactionBarriers:
 
     def observed(self, lanes: np.ndarray, barrier: Mbarrier) -> None:
         """The lanes saw the phase complete (acquire)."""
+        machine = self.machine
+        machine.races.learn(lanes, barrier.abroad_done)
         if barrier.done is not None:
-            machine = self.machine
             team = int(lanes[0]) // machine.team_lanes
             known = barrier.done
             width = machine.clocks.known.shape[2]

@@ -10,6 +10,7 @@ from .addresses import Resolver
 from .async_work import Job
 from .decode import Modifiers, Operation, opcode, operand_count
 from .instruction import Imm, Instruction
+from .ops_memory import PREFETCH_SIZES
 from .registers import Group, memory_operand
 from .report import UnknownInstruction
 
@@ -46,9 +47,10 @@ def copy(machine: Machine, ins: Instruction) -> Operation:
 def _arrive_on(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:
     """cp.async.mbarrier.arrive{.noinc}: arrive when the thread's earlier copies are complete.
 
-    Without `.noinc` the pending count is raised first, so the arrival changes nothing."""
+    Without `.noinc` the pending count is raised now, so that the phase waits for the copies
+    though no arrival is counted for them at init."""
     mods.need("arrive")
-    counted = bool(mods.take("noinc"))
+    raised = not mods.take("noinc")
     space = mods.take("shared", "shared::cta")
     mods.need("b64")
     mods.done()
@@ -57,13 +59,13 @@ def _arrive_on(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation
 
     def run(group: Group) -> None:
         for lane, at in zip(group.lanes.tolist(), resolve(group)[1].tolist(), strict=True):
-            machine.mbarriers.get(lane, at)
-            lanes = np.array([lane])
+            barrier = machine.mbarriers.get(lane, at)
+            barrier.pending += raised
+            lanes, earlier = np.array([lane]), list(machine.async_work.copies)
 
-            def land(lanes: np.ndarray = lanes, at: int = at) -> None:
-                machine.async_work.wait(lanes, None)
-                if counted:
-                    machine.mbarriers.arrive(lanes, at, 1, 0, True)
+            def land(lanes=lanes, at: int = at, earlier=earlier) -> None:
+                machine.async_work.wait(lanes, None, earlier)
+                machine.mbarriers.arrive(lanes, at, 1, 0, True)
 
             machine.async_work.submit(Job(ins, lane // machine.team_lanes, land))
 
@@ -83,8 +85,7 @@ def _copy(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:
     target = mods.need("shared", "shared::cta")
     mods.need("global")
     policy = bool(mods.take("L2::cache_hint"))
-    for hint in [m for m in mods.left if m.startswith("L2::")]:
-        mods.take(hint)
+    mods.take(*PREFETCH_SIZES)
     mods.done()
     operands = ins.operands[:-1] if policy else ins.operands
     if len(operands) not in (3, 4):
@@ -263,10 +264,12 @@ def start_store(
     global_cells = np.unique(machine.races.granules(pieces, unit))
     job = Job(ins, team, lambda: write(pieces, read()))
 
-    def waited() -> None:
+    def source_free() -> None:
         known = np.zeros(clocks.known.shape[2], np.int32)
         known[column] = tick
         clocks.acquire(team, np.array([member]), known)
+
+    def written() -> None:
         machine.races.landed(lane, global_cells)
 
-    machine.async_work.store(lane, job, waited)
+    machine.async_work.store(lane, job, source_free, written)

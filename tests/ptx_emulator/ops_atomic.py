@@ -12,6 +12,7 @@ import numpy as np
 
 from .addresses import Resolver
 from .decode import Modifiers, Operation, opcode, operand_count
+from .global_races import strength
 from .instruction import Instruction, type_bytes
 from .ops_memory import SCOPES, SPACES
 from .ptx_types import RAW, numpy_type
@@ -67,14 +68,13 @@ class AtomicForm:
         mods = Modifiers(ins)
         self.kind = mods.last()
         self.order = mods.take("relaxed", "acquire", "release", "acq_rel") or "relaxed"
-        mods.take(*SCOPES)
+        self.scope = strength(mods.take(*SCOPES) or "gpu")
         self.space = mods.take(*(space for space in SPACES if space != "param"))
         vector = mods.take("v2", "v4", "v8")
         self.count = int(vector[1:]) if vector else 1
         self.name = mods.need(*_ALLOWED)
-        mods.take("noftz", "ftz")
-        for hint in [m for m in mods.left if m.startswith("L2::") and m != "L2::cache_hint"]:
-            mods.take(hint)
+        if self.kind in _FLOATS:
+            mods.need("noftz")
         mods.done()
         if self.kind not in _ALLOWED[self.name]:
             raise UnknownInstruction(ins, f"{self.name} of .{self.kind}")
@@ -141,9 +141,9 @@ def _order(machine: Machine, lanes, space, at, size: int, form: AtomicForm, read
     races = machine.races
     release = form.order in ("release", "acq_rel")
     acquire = form.order in ("acquire", "acq_rel")
-    if release or acquire or races.objects or races.fences:
+    if release or acquire or races.objects or races.nearby or races.fences:
         for lane, where in zip(lanes.tolist(), at.tolist(), strict=True):
             if reads or acquire:
-                races.observe(lane, where, acquire)
-            races.write(lane, where, release, read_too=True)
-    races.store(lanes, at, size, None, strong=True)
+                races.observe(lane, where, acquire, form.scope)
+            races.write(lane, where, release, True, form.scope)
+    races.store(lanes, at, size, None, form.scope)

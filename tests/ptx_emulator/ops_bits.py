@@ -64,7 +64,9 @@ def funnel_shift(machine: Machine, ins: Instruction) -> Operation:
 def bit_field_extract(machine: Machine, ins: Instruction) -> Operation:
     """Length c at position b; a signed field is extended from its top bit, which is clamped to
     the most significant bit of a."""
-    kind = Modifiers(ins).last()
+    mods = Modifiers(ins)
+    kind = mods.last()
+    mods.done()
     need_type(ins, kind, ("u32", "s32", "u64", "s64"))
     operand_count(ins, 4)
     registers = machine.registers
@@ -109,7 +111,9 @@ def _extract(a, start, size, width: int, signed: bool) -> np.ndarray:
 @opcode("bfi")
 def bit_field_insert(machine: Machine, ins: Instruction) -> Operation:
     """Insert the low d bits of a into b at position c."""
-    kind = Modifiers(ins).last()
+    mods = Modifiers(ins)
+    kind = mods.last()
+    mods.done()
     need_type(ins, kind, ("b32", "b64"))
     operand_count(ins, 5)
     registers = machine.registers

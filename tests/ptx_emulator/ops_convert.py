@@ -8,8 +8,8 @@ import numpy as np
 
 from .decode import Modifiers, Operation, opcode, operand_count
 from .instruction import Instruction, type_bytes
-from .layout import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW
 from .ops_float import flush
+from .placement import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW
 from .ptx_types import numpy_type
 from .report import UnknownInstruction
 from .rounding import bf16_bits, f16_bits, round_to, to_float
@@ -40,7 +40,9 @@ def convert(machine: Machine, ins: Instruction) -> Operation:
     known = [*_FLOAT, *(f"{s}{n}" for s in "us" for n in (8, 16, 32, 64))]
     if source not in known or target not in known:
         raise UnknownInstruction(ins, f"{source} to {target}")
-    if options - {"ftz", "sat"} or (options and not ("ftz" in options or "sat" in options)):
+    allowed = {"sat"} if target not in ("bf16", "tf32") else set()
+    allowed |= {"ftz"} if "f32" in (source, target) and "bf16" not in (source, target) else set()
+    if options - allowed:
         raise UnknownInstruction(ins, f"options {sorted(options)}")
     get = machine.registers.source(ins, ins.operands[1], "b32" if source == "tf32" else source)
     put = machine.registers.target(ins, ins.operands[0], "b32" if target == "tf32" else target)
@@ -54,20 +56,26 @@ def _conversion(ins: Instruction, source: str, target: str, rounding: str, optio
     if _is_integer(source):
         if rounding not in ("rn", "rz", "rm", "rp"):
             raise UnknownInstruction(ins, "integer to float needs a rounding")
+        if target == "f64":
+            if rounding != "rn":
+                raise UnknownInstruction(ins, f"rounding .{rounding} to .f64")
+            return lambda value: value.astype(np.float64)
         return lambda value: _finish(_wide(value), target, rounding, options)
     if _is_integer(target):
         if rounding not in _TO_INTEGER:
             raise UnknownInstruction(ins, "float to integer needs an integer rounding")
-        return _float_to_integer(source, target, rounding, "ftz" in options)
+        return _float_to_integer(source, target, rounding, options)
     if rounding in _TO_INTEGER:
         if source != target:
             raise UnknownInstruction(ins)
         return lambda value: _finish(
-            _TO_INTEGER[rounding](_widened(value, source)), target, "rn", options
+            _TO_INTEGER[rounding](_widened(value, source, options)), target, "rn", options
         )
     if type_bytes(target) < type_bytes(source) and not rounding:
         raise UnknownInstruction(ins, "narrowing needs a rounding")
-    return lambda value: _finish(_widened(value, source), target, rounding or "rn", options)
+    return lambda value: _finish(
+        _widened(value, source, options), target, rounding or "rn", options
+    )
 
 
 def _wide(value: np.ndarray) -> np.ndarray:
@@ -83,8 +91,10 @@ def _wide(value: np.ndarray) -> np.ndarray:
     return wide
 
 
-def _widened(value: np.ndarray, source: str) -> np.ndarray:
-    return to_float(value, source).astype(np.float64)
+def _widened(value: np.ndarray, source: str, options: set[str]) -> np.ndarray:
+    """Floats as float64; `.ftz` flushes subnormal f32 sources."""
+    wide = to_float(value, source)
+    return (flush(wide) if "ftz" in options and source == "f32" else wide).astype(np.float64)
 
 
 def _finish(value: np.ndarray, target: str, rounding: str, options: set[str]) -> np.ndarray:
@@ -117,7 +127,7 @@ def _integer_to_integer(source: str, target: str, saturate: bool):
     )
 
 
-def _float_to_integer(source: str, target: str, rounding: str, ftz: bool):
+def _float_to_integer(source: str, target: str, rounding: str, options: set[str]):
     """Out of range clamps; NaN gives 0, or 1 << (bits-1) when either side has 64 bits."""
     dtype = numpy_type(target)
     info = np.iinfo(dtype)
@@ -126,10 +136,7 @@ def _float_to_integer(source: str, target: str, rounding: str, ftz: bool):
         invalid = np.array(1 << (8 * dtype.itemsize - 1), f"u{dtype.itemsize}").view(dtype)[()]
 
     def change(value: np.ndarray) -> np.ndarray:
-        wide = _widened(value, source)
-        if ftz and source == "f32":
-            wide = _widened(flush(value), source)
-        whole = np.atleast_1d(_TO_INTEGER[rounding](wide))
+        whole = np.atleast_1d(_TO_INTEGER[rounding](_widened(value, source, options)))
         inside = (whole >= float(info.min)) & (whole < float(info.max) + 1.0)
         result = np.where(inside, whole, 0.0).astype(dtype)
         result = np.where(whole >= float(info.max) + 1.0, info.max, result)
@@ -172,7 +179,7 @@ _WINDOWS = {
 
 @opcode("cvta")
 def convert_address(machine: Machine, ins: Instruction) -> Operation:
-    """Between generic addresses and addresses of one state space (windows, see layout.py)."""
+    """Between generic addresses and addresses of one state space (windows, see placement.py)."""
     mods = Modifiers(ins)
     kind = mods.last()
     back = mods.take("to")

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 FLOATS = frozenset({"f16", "f16x2", "bf16", "bf16x2", "f32", "f32x2", "f64"})
 _ROUNDINGS = ("rn", "rz", "rm", "rp")
 _ARITY = {"add": 2, "sub": 2, "mul": 2, "fma": 3, "mad": 3, "min": 2, "max": 2, "abs": 1, "neg": 1}
-_TINY = np.float32(2.0**-126)
+_SMALLEST_NORMAL = {"f16": 2.0**-14, "bf16": 2.0**-126, "f32": 2.0**-126, "f64": 2.0**-1022}
+_FLUSHING = ("f32", "f32x2", "f16", "f16x2")
 
 
-def flush(value: np.ndarray) -> np.ndarray:
-    """`.ftz`: subnormal f32 become zero of the same sign."""
-    return np.where(np.abs(value) < _TINY, np.copysign(np.float32(0), value), value)
+def flush(value: np.ndarray, kind: str = "f32") -> np.ndarray:
+    """`.ftz`: subnormal values become zero of the same sign."""
+    tiny = _SMALLEST_NORMAL[kind.removesuffix("x2")]
+    return np.where(np.abs(value) < tiny, np.copysign(value.dtype.type(0), value), value)
 
 
 def _minmax(name: str, nan: bool):
@@ -89,10 +91,14 @@ def arithmetic(machine: Machine, ins: Instruction) -> Operation:
         return _mixed(machine, ins, mods, kind)
     three = name in ("min", "max") and kind == "f32"
     operand_count(ins, 1 + _ARITY[name], *([4] if three else []))
-    rounding, ftz, sat = mods.take(*_ROUNDINGS) or "rn", bool(mods.take("ftz")), mods.take("sat")
-    nan = bool(mods.take("NaN"))
+    rounding = mods.take(*_ROUNDINGS) if name not in ("min", "max", "abs", "neg") else "rn"
+    ftz = kind in _FLUSHING and bool(mods.take("ftz"))
+    sums = name in ("add", "sub", "mul", "fma", "mad")
+    sat = sums and kind in ("f32", "f16", "f16x2") and bool(mods.take("sat"))
+    nan = name in ("min", "max") and bool(mods.take("NaN"))
     mods.done()
-    if rounding != "rn" and kind not in ("f32", "f64"):
+    rounding = rounding or "rn"
+    if rounding != "rn" and kind != "f32":
         raise UnknownInstruction(ins, f"rounding .{rounding} of .{kind}")
     compute = _compute(name, kind, rounding, nan)
     gets = [machine.registers.source(ins, operand, kind) for operand in ins.operands[1:]]
@@ -100,14 +106,12 @@ def arithmetic(machine: Machine, ins: Instruction) -> Operation:
 
     def run(group) -> None:
         values = [to_float(get(group), kind) for get in gets]
-        if ftz and kind == "f32":
-            values = [flush(value) for value in values]
+        if ftz:
+            values = [flush(value, kind) for value in values]
         result = compute(*values)
         if sat:
             result = np.where(np.isnan(result), 0, np.clip(result, 0, 1)).astype(result.dtype)
-        if ftz and kind == "f32":
-            result = flush(result)
-        put(group, from_float(result, kind))
+        put(group, from_float(flush(result, kind) if ftz else result, kind))
 
     return run
 
@@ -144,7 +148,7 @@ def _compute(name: str, kind: str, rounding: str, nan: bool):
         return operation
     if name in ("abs", "neg"):
         return operation
-    if kind in ("f32", "f32x2"):
+    if kind == "f32":
         if name == "mul":
             return lambda a, b: round_f64_to_f32(
                 a.astype(np.float64) * b.astype(np.float64), rounding
@@ -179,9 +183,11 @@ def divide(machine: Machine, ins: Instruction) -> Operation:
     kind = mods.last()
     if ins.opcode != "div" or kind not in ("f32", "f64"):
         raise UnknownInstruction(ins, f"type .{kind}")
-    mods.need("rn", "full", "approx")
-    ftz = bool(mods.take("ftz"))
+    form = mods.need("rn", "full", "approx")
+    ftz = kind == "f32" and bool(mods.take("ftz"))
     mods.done()
+    if kind == "f64" and form != "rn":
+        raise UnknownInstruction(ins, f"div.{form} of .f64")
     operand_count(ins, 3)
 
     def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -228,10 +234,10 @@ def unary(machine: Machine, ins: Instruction) -> Operation:
     def run(group) -> None:
         value = to_float(get(group), kind)
         if ftz:
-            value = flush(value)
+            value = flush(value, kind)
         wide = function(value.astype(np.float64))
         result = wide.astype(np.float32) if kind == "f32" else wide
-        put(group, from_float(flush(result) if ftz and kind == "f32" else result, kind))
+        put(group, from_float(flush(result, kind) if ftz else result, kind))
 
     return run
 
@@ -249,14 +255,14 @@ _ORDERED = {
 def comparison(mods: Modifiers, kind: str):
     """setp on floats: ordered forms are false, `u` forms true when an operand is NaN."""
     name = mods.need(*_ORDERED, *(f"{n}u" for n in _ORDERED), "num", "nan")
-    ftz = bool(mods.take("ftz"))
+    ftz = kind in ("f16", "f32") and bool(mods.take("ftz"))
     if kind not in ("f16", "bf16", "f32", "f64"):
         raise UnknownInstruction(mods.ins, f"type .{kind}")
 
     def compare(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         a, b = to_float(a, kind), to_float(b, kind)
         if ftz:
-            a, b = flush(a), flush(b)
+            a, b = flush(a, kind), flush(b, kind)
         unordered = np.isnan(a) | np.isnan(b)
         if name == "nan":
             return unordered

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .addresses import Resolver
-from .decode import Modifiers, Operation, opcode
+from .decode import Modifiers, Operation, opcode, operand_count
+from .global_races import WEAK, strength
 from .instruction import Instruction, type_bytes
 from .ptx_types import RAW, is_type, numpy_type
 from .registers import memory_operand
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 SPACES = ("global", "shared", "shared::cta", "shared::cluster", "local", "param", "const")
 _STRONG = ("volatile", "relaxed", "acquire", "release")
-_CACHE = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc")
+_CACHE = ("ca", "cg", "cs", "lu", "cv", "wb", "wt")
+_L2_EVICTION = [f"L2::evict_{kind}" for kind in ("normal", "first", "last")]
+_L1_EVICTION = [f"L1::evict_{kind}" for kind in ("normal", "unchanged", "first", "last")]
+PREFETCH_SIZES = ("L2::64B", "L2::128B", "L2::256B")
 SCOPES = ("cta", "cluster", "gpu", "sys")
 
 
@@ -37,9 +41,12 @@ class AccessForm:
         vector = mods.take("v2", "v4", "v8")
         self.count = int(vector[1:]) if vector else 1
         mods.take(*_CACHE)
+        if ins.opcode == "ld":
+            mods.take("nc")
+            mods.take(*PREFETCH_SIZES)
         hint = mods.take("L2::cache_hint")
-        for name in [m for m in mods.left if m.startswith(("L1::", "L2::"))]:
-            mods.take(name)
+        mods.take("L1::no_allocate", *_L1_EVICTION)
+        mods.take(*_L2_EVICTION)
         mods.done()
         expected = 3 if hint else 2
         if len(ins.operands) != expected:
@@ -48,7 +55,7 @@ class AccessForm:
             raise UnknownInstruction(ins, "no scope")
         self.unit = type_bytes(self.kind)
         self.size = self.unit * self.count
-        self.strong = bool(self.order)
+        self.strong = strength(self.scope) if self.order else WEAK
 
 
 @opcode("ld")
@@ -77,9 +84,10 @@ def load(machine: Machine, ins: Instruction) -> Operation:
 
 
 def _observe(machine: Machine, lanes: np.ndarray, at: np.ndarray, form: AccessForm) -> None:
-    if machine.races.objects:
+    races = machine.races
+    if races.objects or races.nearby:
         for lane, where in zip(lanes.tolist(), at.tolist(), strict=True):
-            machine.races.observe(lane, where, form.order == "acquire")
+            races.observe(lane, where, form.order == "acquire", form.strong)
 
 
 @opcode("st")
@@ -96,14 +104,14 @@ def store(machine: Machine, ins: Instruction) -> Operation:
         if form.strong and space is machine.memory:
             release = form.order == "release"
             for lane, where in zip(group.lanes.tolist(), at.tolist(), strict=True):
-                machine.races.write(lane, where, release, read_too=False)
+                machine.races.write(lane, where, release, read_too=False, scope=form.strong)
         if machine.counters is not None:
             machine.traffic.access("store", space, group.lanes, at, form.size)
 
     return run
 
 
-def write(machine: Machine, lanes, space, at: np.ndarray, values: np.ndarray, strong: bool) -> None:
+def write(machine: Machine, lanes, space, at: np.ndarray, values: np.ndarray, strong: int) -> None:
     """Check, order and perform a store of values [n, k]."""
     size = values.shape[1] * values.dtype.itemsize
     machine.progress += 1
@@ -141,13 +149,21 @@ def create_policy(machine: Machine, ins: Instruction) -> Operation:
     mods.take("L2::evict_unchanged", "L2::evict_first")
     mods.need("b64")
     mods.done()
+    operand_count(ins, 1, 2)
     put = machine.registers.target(ins, ins.operands[0], "b64")
     return lambda group: put(group, np.uint64(0))
 
 
-@opcode("prefetch", "prefetchu", "discard", "applypriority")
-def hint(machine: Machine, ins: Instruction) -> Operation:
-    """Hints without effect on values; `discard` would have one and is not known."""
-    if ins.opcode != "prefetch":
-        raise UnknownInstruction(ins)
+@opcode("prefetch")
+def prefetch(machine: Machine, ins: Instruction) -> Operation:
+    """Without effect on values; also of a tensor map."""
+    mods = Modifiers(ins)
+    if mods.take("tensormap"):
+        mods.take("param", "const")
+    else:
+        mods.take("global", "local")
+        mods.need("L1", "L2", "L2::evict_last", "L2::evict_normal")
+    mods.done()
+    operand_count(ins, 1)
+    memory_operand(ins, 0)
     return lambda group: None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .decode import Modifiers, Operation, gate, opcode, operand_count
+from .global_races import strength
 from .instruction import Imm, Instruction
 from .registers import Group
 from .report import UnknownInstruction
@@ -32,7 +33,7 @@ class BarrierForm:
         self.aligned = ins.opcode == "bar" or bool(mods.take("aligned"))
         self.semantics = mods.take(*SEMANTICS) if self.level == "cluster" else ""
         self.reduction = mods.take("popc", "and", "or") if self.action == "red" else ""
-        self.kind = mods.take("u32", "pred") if self.action == "red" else ""
+        self.kind = mods.need("u32", "pred") if self.action == "red" else ""
         mods.done()
         cluster_action = self.action in ("arrive", "wait")
         if (self.level == "cluster") != (self.action == "wait") and not (
@@ -120,7 +121,7 @@ def _reduction(machine: Machine, ins: Instruction, form: BarrierForm) -> Operati
         elif form.reduction == "or":
             put(group, votes > 0)
         else:
-            put(group, votes == machine.layout.threads)
+            put(group, votes == machine.barriers.voters[group.lanes])
 
     return run
 
@@ -187,14 +188,15 @@ def fence(machine: Machine, ins: Instruction) -> Operation:
         mods.done()
         return lambda group: machine.mbarriers.fence_init(group.lanes)
     mods.take("sc", "acq_rel", "acquire", "release")
-    mods.need(*SCOPES)
+    scope = strength(mods.need(*SCOPES))
     mods.done()
-    return lambda group: machine.races.fence(group.lanes)
+    return lambda group: machine.races.fence(group.lanes, scope)
 
 
 def _proxy_fence(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:
     kind = mods.need("async", "tensormap::generic", "alias", "async::generic")
-    mods.take("global", "shared::cta", "shared::cluster", "shared::{cta,cluster}")
+    space = mods.take("global", "shared::cta", "shared::cluster", "shared::{cta,cluster}")
+    spaces = {space.split("::")[0]} if space else {"global", "shared"}
     if kind == "tensormap::generic":
         action = mods.need("acquire", "release")
         mods.need(*SCOPES)
@@ -204,13 +206,19 @@ def _proxy_fence(machine: Machine, ins: Instruction, mods: Modifiers) -> Operati
     mods.done()
     if kind != "async":
         raise UnknownInstruction(ins)
-    return lambda group: machine.fence_proxy(group.lanes)
+    return lambda group: machine.fence_proxy(group.lanes, spaces)
 
 
 @opcode("griddepcontrol", "nanosleep")
 def no_effect(machine: Machine, ins: Instruction) -> Operation:
     """Dependent launches are satisfied here; sleeping lets others run."""
+    mods = Modifiers(ins)
     if ins.opcode == "griddepcontrol":
-        Modifiers(ins).need("wait", "launch_dependents")
+        mods.need("wait", "launch_dependents")
+        mods.done()
+        operand_count(ins, 0)
         return lambda group: None
+    mods.need("u32")
+    mods.done()
+    operand_count(ins, 1)
     return lambda group: machine.yield_lanes(group.lanes)

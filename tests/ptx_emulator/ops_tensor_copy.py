@@ -38,7 +38,7 @@ def bulk(machine: Machine, ins: Instruction, mods: Modifiers, reduce: bool) -> O
         newest = constant(ins, 0)
         return _each_lane(lambda lane: machine.async_work.wait_bulk(lane, newest, read_only))
     if mods.take("prefetch"):
-        return lambda group: None
+        return _prefetch(ins, mods)
     if not mods.take("tensor"):
         if reduce:
             raise UnknownInstruction(ins)
@@ -50,6 +50,19 @@ def bulk(machine: Machine, ins: Instruction, mods: Modifiers, reduce: bool) -> O
     if reduce:
         raise UnknownInstruction(ins)
     return _tensor_load(machine, ins, mods, rank)
+
+
+def _prefetch(ins: Instruction, mods: Modifiers) -> Operation:
+    """cp.async.bulk.prefetch[.tensor.Nd].L2.global: no effect on values."""
+    if mods.take("tensor"):
+        mods.need("1d", "2d", "3d", "4d", "5d")
+        mods.take("tile")
+    mods.need("L2")
+    mods.need("global")
+    mods.take("L2::cache_hint")
+    mods.done()
+    memory_operand(ins, 0)
+    return lambda group: None
 
 
 def _each_lane(action) -> Operation:

@@ -9,8 +9,8 @@ import numpy as np
 from .addresses import RANK_SHIFT
 from .decode import Modifiers, Operation, gate, opcode, operand_count
 from .instruction import Imm, Instruction, Pair
-from .layout import SHARED_WINDOW
 from .ops_sync import masked_gate
+from .placement import SHARED_WINDOW
 from .ptx_types import numpy_type
 from .registers import Group
 from .report import UnknownInstruction

@@ -22,6 +22,7 @@ from .ops_matrix import whole_warps
 from .program import registers_in
 from .registers import Group
 from .report import UnknownInstruction
+from .warpgroups import Outstanding, Warpgroup, held_registers
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -46,6 +47,7 @@ def warpgroup_matrix(machine: Machine, ins: Instruction) -> Operation:
             queue = machine.warpgroups.of(number)
             if action == "fence":
                 queue.fenced = True
+                queue.touched.clear()
             elif action == "commit_group":
                 queue.committed += 1
             else:
@@ -67,8 +69,10 @@ class _Form:
             raise UnknownInstruction(ins, "types")
         registers = machine.registers
         d, a, b, scale_d, *flags = ins.operands
-        self.names = set(registers_in(d))
+        self.registers = held_registers(ins)
+        self.accumulators = frozenset(registers_in(d))
         self.in_registers = isinstance(a, Vector)
+        self.fragments = set(registers_in(a)) if self.in_registers else set()
         self.get = registers.sources(ins, d, "b32")
         self.get_unchecked = self._unchecked(machine, ins, d)
         self.put = registers.targets(ins, d, "b32")
@@ -142,21 +146,33 @@ def _start(machine: Machine, ins, form: _Form, group: Group, count: int, early: 
     job.run = compute
     for row, leader in enumerate(leaders.tolist()):
         queue = machine.warpgroups.of(leader // 128)
-        if not queue.fenced:
-            machine.find("missing-fence", "wgmma without any wgmma.fence before it", None)
+        _check_order(machine, form, queue)
         team = leader // machine.team_lanes
         tick = machine.clocks.tick_engine(team, queue.column)
         for tile in [*tiles_a[row : row + 1], tiles_b[row]]:
             tile.issue(leader, queue.column, tick)
         if queue.jobs and not early:
-            job.after = queue.jobs[-1][1]
-        queue.jobs.append((queue.committed, job, tick))
-        queue.flying |= form.names
-    machine.flying = machine.flying | form.names
+            job.after = queue.jobs[-1].job
+        held = form.registers, form.accumulators
+        queue.jobs.append(Outstanding(queue.committed, job, tick, *held))
+    machine.flying = machine.flying | form.registers
     if machine.counters is not None:
         machine.counters.tensor_flops += 2 * 64 * form.n * form.k * count
     if early or machine.picker.lands_now():
         machine.async_work.finish(job)
+
+
+def _check_order(machine: Machine, form: _Form, queue: Warpgroup) -> None:
+    """`wgmma.fence` stands between other accesses to a register and a wgmma that uses it; only
+    accumulators follow each other without."""
+    stale = form.registers & queue.touched
+    if not queue.fenced:
+        machine.find("missing-fence", "wgmma without any wgmma.fence before it", None)
+    elif stale:
+        message = f"register {min(stale)} was used since the last wgmma.fence"
+        machine.find("missing-fence", message, None)
+    if any(form.fragments & entry.accumulators for entry in queue.jobs):
+        machine.find("in-flight", "A is the result of a wgmma nobody waited for", None)
 
 
 def _tiles(machine, form: _Form, group: Group, get, rows: int, mn_major: bool, count: int):

@@ -20,13 +20,26 @@ Same = Callable[[np.ndarray], np.ndarray]
 _BUSY = "store to the source of an asynchronous operation nobody waited for,"
 
 
-class SharedTracker:
+class Granules:
+    """A space cut into granules of equal size."""
+
+    def __init__(self, granule: int) -> None:
+        self.shift = granule.bit_length() - 1
+
+    def granules(self, at: np.ndarray, size: int) -> np.ndarray:
+        """The granules [n, k] of accesses of `size` bytes."""
+        first = at >> self.shift
+        count = max(size >> self.shift, 1)
+        return first[:, None] if count == 1 else first[:, None] + np.arange(count)
+
+
+class SharedTracker(Granules):
     """Shared memory: lanes and engines of one cluster."""
 
     def __init__(self, machine: Machine, size: int, granule: int) -> None:
+        super().__init__(granule)
         self.machine = machine
         self.clocks = machine.clocks
-        self.shift = granule.bit_length() - 1
         count = size >> self.shift
         self.readers = machine.team_lanes // 32
         self.writer = np.full(count, -1, np.int32)
@@ -49,11 +62,6 @@ class SharedTracker:
         self.last_read[part] = 0
         for ticks in self.engine_read:
             ticks[part] = 0
-
-    def granules(self, at: np.ndarray, size: int) -> np.ndarray:
-        first = at >> self.shift
-        count = max(size >> self.shift, 1)
-        return first[:, None] if count == 1 else first[:, None] + np.arange(count)
 
     def load(self, lanes: np.ndarray, at: np.ndarray, size: int, strong: bool = False) -> None:
         cells = self.granules(at, size)

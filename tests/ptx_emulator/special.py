@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .instruction import Instruction
-from .layout import unravel
+from .placement import unravel
 from .registers import Group
 from .report import UnknownInstruction
 

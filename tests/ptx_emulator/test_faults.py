@@ -201,6 +201,7 @@ TEXT = [
         "bulk.tensor|mbarrier",
     ),
     Fault("hopper-mma-fence", HOPPER, r"wgmma\.fence[^;]*;", 0, "", "missing-fence", "wgmma"),
+    Fault("lora90-mma-fence", LORA_90, r"wgmma\.fence[^;]*;", 2, "", "missing-fence", "wgmma"),
     Fault("lora90-proxy-fence", LORA_90, PROXY, 0, "", "missing-proxy-fence", "wgmma"),
     Fault("lora90-tail-fence", LORA_90, PROXY, 1, "", "missing-proxy-fence", "wgmma"),
     Fault("warps-store-fence", WARPS, PROXY, 2, "", "missing-proxy-fence", "bulk.tensor.2d.global"),
@@ -263,6 +264,10 @@ EQUIVALENT = [
     Fault("tile-wait-all", TILE, r"cp\.async\.wait_all;", 0, "", "", ""),
     # before the first wait of the loop there is a barrier already
     Fault("lora80-first-barrier", LORA_80, BARRIER, 0, "", "", ""),
+    # between accumulators of the same shape no wgmma.fence is asked for, and the only other
+    # registers of these wgmmas were fenced before
+    Fault("lora90-second-mma-fence", LORA_90, r"wgmma\.fence[^;]*;", 1, "", "", ""),
+    Fault("hopper-second-mma-fence", HOPPER, r"wgmma\.fence[^;]*;", 1, "", "", ""),
     # the warpgroup's own wgmma.wait_group precedes it: all four warps are done reading
     Fault("hopper-epilogue-barrier", HOPPER, BARRIER, 0, "", "", ""),
 ]

@@ -252,6 +252,13 @@ RELAXED = "ld.relaxed.gpu.global.b32 %r2, [%a0+4];"
         ("st.relaxed.gpu.global.b32 [%a0+4], 1;", ACQUIRE, "", False),
         ("red.release.gpu.global.add.u32 [%a0+4], 1;", ACQUIRE, "", True),
         ("atom.acq_rel.gpu.global.inc.u32 %r9, [%a0+4], 5;", ACQUIRE, "", True),
+        # scopes must include the other thread ("Morally strong operations")
+        (RELEASE.replace("gpu", "cta"), ACQUIRE, "", False),
+        (RELEASE, ACQUIRE.replace("gpu", "cta"), "", False),
+        (FENCED.replace("rel.gpu", "rel.cta"), ACQUIRE, "", False),
+        (FENCED.replace("relaxed.gpu", "relaxed.cta"), ACQUIRE, "", False),
+        (RELEASE, RELAXED, "fence.acq_rel.cta;", False),
+        ("fence.acq_rel.gpu; membar.cta; st.volatile.global.b32 [%a0+4], 1;", ACQUIRE, "", True),
     ],
 )
 def test_flags_between_blocks(post: str, wait: str, fence: str, ordered: bool) -> None:
@@ -262,6 +269,47 @@ def test_flags_between_blocks(post: str, wait: str, fence: str, ordered: bool) -
         report = findings(body, x, threads=1, grid=2, schedule=schedule)
         assert report.kinds() == (set() if ordered else {"global-race"})
         assert x[2] == 7
+
+
+def test_block_scope_is_enough_within_a_block() -> None:
+    """Warp 1 hands a word to warp 0 with scope .cta."""
+    body = """setp.ge.u32 %p1, %t, 32; @%p1 bra SET; setp.ne.u32 %p3, %t, 0; @%p3 bra DONE;
+        SPIN: ld.acquire.cta.global.b32 %r2, [%a0]; setp.eq.u32 %p2, %r2, 0; @%p2 bra SPIN;
+        ld.global.b32 %r3, [%a0+4]; bra DONE;
+        SET: setp.ne.u32 %p3, %t, 32; @%p3 bra DONE; st.global.b32 [%a0+4], 5; POST DONE:"""
+    posts = ("st.release.cta.global.b32 [%a0], 1;", "membar.cta; st.volatile.global.b32 [%a0], 1;")
+    for schedule in EVERY_SCHEDULE:
+        for post in posts:
+            text = body.replace("POST", post)
+            findings(text, np.zeros(2, np.uint32), threads=64, schedule=schedule).check()
+        text = body.replace("POST", "st.relaxed.cta.global.b32 [%a0], 1;")
+        only(findings(text, np.zeros(2, np.uint32), threads=64, schedule=schedule), "global-race")
+
+
+@pytest.mark.parametrize("cluster", [False, True], ids=["mbarrier", "barrier.cluster"])
+def test_what_one_thread_acquired_reaches_the_others(cluster: bool) -> None:
+    """Thread 0 sees another block's flag; the others learn of it through a barrier."""
+    if cluster:
+        meet = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
+    else:
+        meet = """mbarrier.arrive.shared::cta.b64 _, [smem];
+            MEET: mbarrier.try_wait.parity.shared::cta.b64 %p4, [smem], 0; @!%p4 bra MEET;"""
+    body = f"""setp.eq.u32 %p2, %t, 0; @%p2 mbarrier.init.shared::cta.b64 [smem], 64; bar.sync 0;
+        mov.u32 %r1, %ctaid.x; setp.ne.u32 %p1, %r1, 0; @%p1 bra READ; @!%p2 bra DONE;
+        st.global.b32 [%a0], 7; {RELEASE} bra DONE;
+        READ: @!%p2 bra WAITED; SPIN: {ACQUIRE} setp.eq.u32 %p3, %r2, 0; @%p3 bra SPIN;
+        WAITED: {{meet}} ld.global.b32 %r3, [%a0]; DONE:"""
+    body = body if not cluster else body.replace("DONE;", "LEAVE;") + "bra END; LEAVE: END:"
+    x = np.zeros(2, np.uint32)
+    for schedule in EVERY_SCHEDULE:
+        x[:] = 0
+        text = body.replace("{meet}", meet)
+        findings(text, x, threads=64, grid=2, shared=16, schedule=schedule).check()
+        x[:] = 0
+        report = findings(
+            body.replace("{meet}", ""), x, threads=64, grid=2, shared=16, schedule=schedule
+        )
+        assert report.kinds() == {"global-race"}
 
 
 def test_blocks_that_store_to_the_same_place() -> None:
@@ -320,7 +368,31 @@ def test_copies_arrive_on_an_mbarrier() -> None:
         mbarrier.try_wait.parity.shared::cta.b64 %p2, [smem+256], 0; @!%p2 bra WAIT;
         xor.b32 %r4, %r1, 124; ld.shared.b32 %r3, [%r4]; st.global.b32 [%d1], %r3;"""
     )
+    # without .noinc the phase waits for the copies, but arrivals are counted apart
+    counted = "mbarrier.arrive.shared.b64 _, [smem+256]; WAIT:"
+    both = body.replace("noinc.", "").replace("WAIT:", counted)
     for schedule in EVERY_SCHEDULE:
-        x = words()
-        findings(body, x, shared=264, schedule=schedule).check()
-        assert x.tolist() == list(range(31, -1, -1))
+        for text in (body, both):
+            x = words()
+            findings(text, x, shared=264, schedule=schedule).check()
+            assert x.tolist() == list(range(31, -1, -1))
+    report = findings(body.replace("noinc.", ""), words(), shared=264)
+    assert "deadlock" in report.kinds()
+
+
+def test_an_mbarrier_tracks_only_earlier_copies() -> None:
+    """The second copy comes after `cp.async.mbarrier.arrive`: the phase says nothing of it."""
+    body = (
+        SLOT
+        + ADDRESS
+        + """setp.eq.u32 %p1, %t, 0; @%p1 mbarrier.init.shared::cta.b64 [smem+256], 32; bar.sync 0;
+        cp.async.ca.shared.global [%r1], [%d1], 4;
+        cp.async.mbarrier.arrive.noinc.shared.b64 [smem+256];
+        cp.async.ca.shared.global [%r1+128], [%d1], 4; WAIT:
+        mbarrier.try_wait.parity.shared::cta.b64 %p2, [smem+256], 0; @!%p2 bra WAIT;
+        ld.shared.b32 %r3, [%r1+AT]; cp.async.wait_all;"""
+    )
+    for schedule in EVERY_SCHEDULE:
+        assert findings(body.replace("AT", "0"), words(), shared=264, schedule=schedule).ok
+        late = findings(body.replace("AT", "128"), words(), shared=264, schedule=schedule)
+        assert "in-flight" in late.kinds()

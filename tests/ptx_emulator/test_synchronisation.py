@@ -128,6 +128,9 @@ def test_barrier_reduction() -> None:
     assert lanes(body, 64) == [40] * 64
     body = "setp.lt.u32 %p1, %t, 40; bar.red.and.pred %p2, 0, %p1; selp.b32 %r1, 1, 0, %p2;"
     assert lanes(body, 64) == [0] * 64
+    body = """setp.lt.u32 %p1, %t, 64; mov.u32 %r1, 9; @!%p1 bra JOIN;
+        barrier.red.and.pred %p2, 1, 64, %p1; selp.b32 %r1, 1, 0, %p2; JOIN:"""
+    assert lanes(body, 96) == [1] * 64 + [9] * 32, "only the 64 that take part are asked"
 
 
 # ---- mbarrier ------------------------------------------------------------------------------
@@ -162,6 +165,30 @@ def test_arrival_count_operand_and_token() -> None:
         WAIT: mbarrier.test_wait.shared::cta.b64 %p2, [smem], %d1; @!%p2 bra WAIT;"""
     )
     assert findings(body, shared=16).ok
+
+
+def test_arrival_counts_are_positive() -> None:
+    report = findings(mbarrier(1, "mbarrier.arrive.shared::cta.b64 _, [smem], 0;"), shared=16)
+    assert report.kinds() == {"mbarrier"}
+
+
+def test_bytes_may_arrive_before_they_are_expected() -> None:
+    """complete_tx first: the pending arrival keeps the phase open until expect_tx evens it."""
+    x = np.arange(4, dtype=np.uint32)
+    body = (
+        START.replace("COUNT", "1")
+        + """mov.u32 %r5, smem;
+        @%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r5+16], [%a0], 16,
+            [%r5];
+        @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [smem], 16;"""
+        + WAIT.replace("PARITY", "0")
+        + "ld.shared.b32 %r1, [%r5+16];"
+    )
+    for schedule in EVERY_SCHEDULE:
+        findings(body, x, shared=64, schedule=schedule).check()
+    # without an arrival the phase stays open though no byte is missing
+    only = body.replace("arrive.expect_tx.shared::cta.b64 _,", "expect_tx.shared::cta.b64")
+    assert "deadlock" in findings(only, x, shared=64).kinds()
 
 
 def test_transactions_keep_the_phase_open() -> None:
@@ -203,6 +230,17 @@ def test_bulk_store_needs_a_proxy_fence_and_a_wait() -> None:
     assert findings(unfenced, out, threads=1, shared=16).kinds() == {"missing-proxy-fence"}
     early = body.replace("cp.async.bulk.wait_group.read 0;", "")
     assert findings(early, out, threads=1, shared=16).kinds() == {"in-flight"}
+
+
+def test_wait_for_reading_says_nothing_of_the_destination() -> None:
+    """`.read`: the sources may be reused, the stores need not be visible."""
+    body = """st.shared.v4.b32 [smem], {1, 2, 3, 4}; fence.proxy.async; mov.u32 %r5, smem;
+        cp.async.bulk.global.shared::cta.bulk_group [%a0], [%r5], 16; cp.async.bulk.commit_group;
+        cp.async.bulk.wait_groupREAD 0; ld.global.b32 %r1, [%a0];"""
+    for read, kinds in ((".read", {"global-race"}), ("", set())):
+        text = body.replace("READ", read)
+        report = findings(text, np.zeros(4, np.uint32), threads=1, shared=16)
+        assert report.kinds() == kinds
 
 
 # ---- clusters ------------------------------------------------------------------------------
@@ -295,6 +333,8 @@ def test_generic_store_to_global_then_asynchronous_read() -> None:
     )
     fence = "fence.proxy.async.global;"
     assert findings(body.replace("FENCE", fence), x, shared=256).ok
+    other = findings(body.replace("FENCE", "fence.proxy.async.shared::cta;"), x, shared=256)
+    assert other.kinds() == {"missing-proxy-fence"}, "of another state space"
     report = findings(body.replace("FENCE", ""), x, shared=256)
     assert report.kinds() == {"missing-proxy-fence"}
     assert "st.global.b32" in report.findings[0].message

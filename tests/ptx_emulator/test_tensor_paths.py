@@ -172,6 +172,73 @@ def test_wgmma(kind, d_type, n, swizzle, mn_major, in_registers) -> None:
     np.testing.assert_array_equal(to_float(got, d_type), truth[table.row, table.col])
 
 
+FILL = """mov.u32 %r50, smem; mad.lo.s32 %r60, %t, 32, %r50; mov.b32 %r1, 0;
+    st.shared.v4.b32 [%r60], {%r1, %r1, %r1, %r1};
+    st.shared.v4.b32 [%r60+16], {%r1, %r1, %r1, %r1};
+    mov.b32 %r70, 0; mov.b32 %r71, 0; mov.b32 %r72, 0; mov.b32 %r73, 0;
+    fence.proxy.async.shared::cta; bar.sync 0; setp.ne.b32 %p1, 0, 0;
+    wgmma.fence.sync.aligned;"""
+COMMIT, WAIT_ALL = "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"
+FENCE, WAIT_ONE = "wgmma.fence.sync.aligned;", "wgmma.wait_group.sync.aligned 1;"
+
+
+def _step(first: int, a: str = "DESCRIPTOR", scale_d: str = "%p1") -> str:
+    """One m64n8k16 with the accumulators %r{first}..; A from shared memory or registers."""
+    d = ", ".join(f"%r{first + i}" for i in range(4))
+    trans = "0, 0" if a == "DESCRIPTOR" else "0"
+    return (
+        f"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{{d}}}, {a}, DESCRIPTOR, {scale_d},"
+        f" 1, 1, {trans};"
+    )
+
+
+FRAGMENT = "{%r70, %r71, %r72, %r73}"
+
+
+@pytest.mark.parametrize(
+    ("body", "kinds"),
+    [
+        # wait_group 1: the older group is complete, the newer is not
+        (_step(100) + COMMIT + _step(110) + COMMIT + WAIT_ONE + "mov.b32 %r2, %r100;", set()),
+        (
+            _step(100) + COMMIT + _step(110) + COMMIT + WAIT_ONE + "mov.b32 %r2, %r110;",
+            {"in-flight"},
+        ),
+        # the wait covers committed groups only
+        (_step(100) + WAIT_ALL + "mov.b32 %r2, %r100;", {"in-flight"}),
+        # fragments of A belong to the operation until the wait
+        (_step(100, FRAGMENT) + COMMIT + "mov.b32 %r70, 1;", {"in-flight"}),
+        (_step(100, FRAGMENT) + COMMIT + WAIT_ALL + "mov.b32 %r70, 1;", set()),
+        (_step(70) + COMMIT + _step(100, FRAGMENT) + COMMIT, {"in-flight"}),
+        # wgmma.fence: "between a register access ... and any wgmma.mma_async that accesses the
+        # same registers", but not between accumulators of the same shape
+        (_step(100) + _step(100, scale_d="%p2") + COMMIT, set()),
+        (
+            _step(100) + COMMIT + WAIT_ALL + "mov.b32 %r100, %r1;" + _step(100) + COMMIT,
+            {"missing-fence"},
+        ),
+        (
+            _step(100) + COMMIT + WAIT_ALL + "mov.b32 %r100, %r1;" + FENCE + _step(100) + COMMIT,
+            set(),
+        ),
+        (
+            _step(100) + COMMIT + "mov.b32 %r70, 1;" + _step(110, FRAGMENT) + COMMIT,
+            {"missing-fence"},
+        ),
+        (_step(100) + COMMIT + "mov.b32 %r70, 1;" + FENCE + _step(110, FRAGMENT) + COMMIT, set()),
+    ],
+)
+def test_registers_of_wgmma(body: str, kinds: set[str]) -> None:
+    value = encode_descriptor(SmemDescriptor(1024, 128, 256, 0, Swizzle.NONE))
+    text = FILL + "setp.eq.b32 %p2, 0, 0; mov.b64 %d11, VALUE;" + body + WAIT_ALL
+    text = text.replace("VALUE", str(value)).replace("DESCRIPTOR", "%d11")
+    for schedule in (Schedule(), Schedule("reversed", "late")):
+        report = run(
+            kernel(text, 0, declarations=SMEM), "k", 1, 128, [], shared=4096, schedule=schedule
+        )
+        assert report.kinds() == kinds
+
+
 def _a_registers(a: np.ndarray, kind: str) -> np.ndarray:
     """Four registers per thread: rows t/4 and t/4 + 8 of its warp, then the upper half of k."""
     t = np.arange(128)
