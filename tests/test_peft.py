@@ -153,7 +153,8 @@ def test_two_active_adapters(alpha: int, dtype: torch.dtype) -> None:
     model = adapted(llama(dtype), lora_bias=True)
     second = copy.deepcopy(model.peft_config["default"])
     second.lora_alpha, second.rank_pattern = alpha, {"q_proj": 6}
-    model.add_adapter("second", second, autocast_adapter_dtype=False)
+    model.add_adapter("second", second)
+    model.to(dtype)
     model.base_model.set_adapter(["default", "second"])
     got = assert_equal_to_stock(model, fused_calls=LLAMA_LAYERS)
     assert sum("second" in name for name in got) == 3 * LLAMA_LAYERS

@@ -61,7 +61,8 @@ def assert_falls_back(model: nn.Module, reason: str, x: Any = None, **kwargs: An
 
 
 VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "the adapter is a DoraLinearVariant, not plain LoRA"),
+    "dora": ({"use_dora": True}, "the adapter uses DoRA"),
+    "alora": ({"alora_invocation_tokens": [1]}, "the adapter is a ALoraLinearVariant"),
     "mica": ({"init_lora_weights": "mica"}, "the adapter is a MiCALinearVariant"),
 }
 

@@ -23,6 +23,7 @@ from peft import (
 )
 from peft.tuners.lora.layer import Linear
 
+import lora_fused
 from lora_fused.integrations.peft import (
     FusedLinear,
     accelerate,
@@ -148,6 +149,29 @@ def test_injected_adapters() -> None:
     assert explain(model).fused_calls == LLAMA_LAYERS
 
 
+def test_diffusers() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1,
+        cross_attention_dim=16, sample_size=8, norm_num_groups=4, caption_channels=16,
+    ).eval()  # fmt: skip
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    model.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    inputs: dict[str, Any] = {
+        "hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3, 7]),
+        "encoder_hidden_states": torch.randn(2, 5, 16), "return_dict": False,
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }  # fmt: skip
+    (expected,) = model(**inputs)
+    assert len(accelerate(model, verbose=False).fused) == 8
+    torch.testing.assert_close(model(**inputs)[0], expected)
+    model.set_adapters(["default"], [0.25])
+    scaled = model(**inputs)[0]
+    assert not torch.allclose(scaled, expected)
+    restore(model)
+    torch.testing.assert_close(model(**inputs)[0], scaled)
+
+
 def test_again_after_another_adapter() -> None:
     model = adapted(llama(), target_modules=["q_proj"])
     assert len(accelerate(model, verbose=False).fused) == 2
@@ -251,6 +275,22 @@ def test_register_takes_exact_classes_only() -> None:
         register(LoraConfig(), verbose=False)
     with pytest.raises(ValueError, match="backend is 'gpu'"):
         register(LoraConfig(), backend="gpu")
+
+
+def test_explained_call_by_call() -> None:
+    model = adapted(llama(), lora_dropout=0.1, rank_pattern={"q_proj": 6})
+    accelerate(model, verbose=False)
+    blocked = model.base_model.model.model.layers[1].mlp.up_proj
+    blocked.lora_A["default"].register_forward_hook(lambda *args: None)
+    with pytest.warns(UserWarning, match="lora_A has hooks"):
+        reports = lora_fused.explain(model, tokens()).layers
+    assert len(reports) == LLAMA_LAYERS
+    first, last = reports[0], next(r for r in reports if r.problem is None)
+    assert (first.problem.M, first.problem.R, first.problem.dropout) == (21, 6, True)
+    assert first.problem.needs == {"x", "lora_A", "lora_B"}
+    assert "runs on  PEFT's own forward\n    why      lora_A has hooks" in str(last)
+    report = lora_fused.explain(model.base_model.model.model.layers[0].mlp.up_proj)
+    assert report.layers[0].problem.M == 512
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -118,7 +118,8 @@ def register(config: peft.LoraConfig, **options: Any) -> peft.LoraConfig:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if type(base) is not nn.Linear and type(base) is not Conv1D:
             return None
-        layer = dispatch_default(target, adapter_name, **kwargs)
+        # Older versions of PEFT do not pass the config on.
+        layer = dispatch_default(target, adapter_name, kwargs.pop("config", config), **kwargs)
         if type(layer) is Linear:
             _swap(layer, chosen)
         return layer
