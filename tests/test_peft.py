@@ -220,3 +220,25 @@ def test_gradient_checkpointing(p: float, reentrant: bool) -> None:
     assert explain(model).fused_calls > 2 * LLAMA_LAYERS
     for name, tensor in plain.items():
         assert torch.equal(tensor, checkpointed[name]), name
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_the_loss_curve_is_that_of_stock(p: float) -> None:
+    model = adapted(llama(), lora_dropout=p)
+    fused = copy.deepcopy(model)
+    accelerate(fused, match_torch_rng=True, verbose=False)
+    curves = []
+    for each in (model, fused):
+        torch.manual_seed(4)
+        optimizer = torch.optim.AdamW(each.parameters(), lr=1e-2)
+        losses = []
+        for _ in range(12):
+            optimizer.zero_grad()
+            loss = each(tokens(), labels=tokens()).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(losses)
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    assert curves[0][-1] < 0.8 * curves[0][0]
+    assert explain(fused).fused_calls == 12 * LLAMA_LAYERS

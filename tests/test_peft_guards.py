@@ -14,6 +14,7 @@ from torch import Tensor, nn
 pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear
 
 from lora_fused.integrations.peft import accelerate, explain
 from tests.peft_models import LLAMA_LAYERS, adapted, gpt2, llama, outputs_of, tokens
@@ -156,6 +157,13 @@ def test_forward_patched_on_the_lora_layer() -> None:
     layer.forward = layer.forward
     report = accelerate(model, verbose=False)
     assert "its forward is patched on the instance" in str(report) and not report.fused
+
+
+def test_forward_patched_on_the_lora_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Linear, "forward", lambda self, x: x * 0)
+    report = accelerate(small(), verbose=False)
+    assert "lora.Linear.forward is patched by tests.test_peft_guards" in str(report)
+    assert not report.fused
 
 
 def test_offload_hooks_of_accelerate() -> None:
