@@ -230,7 +230,7 @@ def test_the_loss_curve_is_that_of_stock(p: float) -> None:
     curves = []
     for each in (model, fused):
         torch.manual_seed(4)
-        optimizer = torch.optim.AdamW(each.parameters(), lr=1e-2)
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9)
         losses = []
         for _ in range(12):
             optimizer.zero_grad()
@@ -240,5 +240,5 @@ def test_the_loss_curve_is_that_of_stock(p: float) -> None:
             losses.append(loss.item())
         curves.append(losses)
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
-    assert curves[0][-1] < 0.8 * curves[0][0]
+    assert curves[0][-1] < curves[0][0] - 0.1
     assert explain(fused).fused_calls == 12 * LLAMA_LAYERS
