@@ -27,12 +27,13 @@ class LayerReport:
     problem: Problem | None
     config: Config | None
     why: tuple[str, ...]
+    runs_on: str = "torch: F.linear"
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.layer}"]
         if self.problem is not None:
             lines.append(f"    for      {self.problem}")
-        lines.append(f"    runs on  {self.config or 'torch: F.linear'}")
+        lines.append(f"    runs on  {self.config or self.runs_on}")
         lines += [f"    {'why' if i == 0 else '':8} {reason}" for i, reason in enumerate(self.why)]
         return "\n".join(lines)
 
@@ -52,13 +53,15 @@ class Explanation:
 def explain(model: nn.Module, x: Any = None) -> Explanation:
     """Report what each FusedLoRALinear in `model` will do, without computing any of it.
 
+    Also for the layers of other libraries that lora_fused.integrations accelerated.
+
     With x the model is run on it once (model(x), model(*x) for a tuple or model(**x) for a
     mapping), without gradients and with the random state restored, to learn the shapes that reach
     each layer; for a single layer only the shape of x is read. Without x, 512 tokens are assumed.
     Returns an Explanation; str() of it is the report. Raises what the model raises.
     """
     inputs: dict[nn.Module, Tensor] = {}
-    if isinstance(model, FusedLoRALinear):
+    if _is_ours(model):
         inputs[model] = x if isinstance(x, Tensor) else _assumed_input(model)
     elif x is not None:
         inputs = _inputs_reaching_layers(model, x)
@@ -72,13 +75,18 @@ def explain(model: nn.Module, x: Any = None) -> Explanation:
     return Explanation(tuple(reports))
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, FusedLoRALinear]]:
+def _is_ours(module: nn.Module) -> bool:
+    """Our own layer, or one of another library that says itself what it does."""
+    return isinstance(module, FusedLoRALinear) or hasattr(module, "explain_call")
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
-        if isinstance(module, FusedLoRALinear):
+        if _is_ours(module):
             yield name or type(module).__name__, module
 
 
-def _assumed_input(layer: FusedLoRALinear) -> Tensor:
+def _assumed_input(layer: Any) -> Tensor:
     weight = layer.weight
     return torch.empty(_ASSUMED_TOKENS, layer.in_features, dtype=weight.dtype, device=weight.device)
 
@@ -104,7 +112,10 @@ def _inputs_reaching_layers(model: nn.Module, x: Any) -> dict[nn.Module, Tensor]
     return inputs
 
 
-def _report(name: str, layer: FusedLoRALinear, x: Tensor) -> LayerReport:
+def _report(name: str, layer: Any, x: Tensor) -> LayerReport:
+    if not isinstance(layer, FusedLoRALinear):
+        report: LayerReport = layer.explain_call(name, x)
+        return report
     weight, pack = packed.read(layer.weight)
     if layer.fan_in_fan_out:
         weight = weight.t()
@@ -122,12 +133,16 @@ def _report(name: str, layer: FusedLoRALinear, x: Tensor) -> LayerReport:
 
 
 def _needs(layer: FusedLoRALinear, plain: bool) -> frozenset[str]:
+    names = ("weight", "bias") if plain else ("weight", "lora_A", "lora_B", "bias")
+    return needs_of({name: getattr(layer, name) for name in names})
+
+
+def needs_of(params: Mapping[str, Tensor | None]) -> frozenset[str]:
     """What training would ask for: the gradient of the input, and of what is trainable."""
     if not torch.is_grad_enabled():
         return frozenset()
-    names = ("weight", "bias") if plain else ("weight", "lora_A", "lora_B", "bias")
-    params = ((name, getattr(layer, name)) for name in names)
-    return frozenset({"x"} | {name for name, p in params if p is not None and p.requires_grad})
+    trainable = {name for name, p in params.items() if p is not None and p.requires_grad}
+    return frozenset({"x"} | trainable)
 
 
 def _why(layer: FusedLoRALinear, problem: Problem, config: Config) -> tuple[str, ...]:

@@ -58,6 +58,34 @@ def adapted(model: nn.Module, adapter_dtype_of_base: bool = True, **changes: Any
     )
 
 
+class Block(nn.Module):
+    """One layer to adapt, and a call that passes arguments on."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.proj = nn.Linear(12, 20, bias=bias)
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return self.proj(x, *args, **kwargs)
+
+
+def small(adapters: int = 1, **changes: Any) -> nn.Module:
+    settings = {"r": 3, "target_modules": ["proj"], "init_lora_weights": False, **changes}
+    model = get_peft_model(Block(), LoraConfig(**settings))
+    for i in range(1, adapters):
+        model.add_adapter(f"other{i}", LoraConfig(**settings))
+    return model
+
+
+def layer_of(model: nn.Module) -> Any:
+    return model.base_model.model.proj
+
+
+def count(model: nn.Module) -> int:
+    """How many layers have our class."""
+    return sum(type(module) is ours.FusedLinear for module in model.modules())
+
+
 def tokens(rows: int = 3, length: int = 7) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     return torch.randint(0, VOCABULARY, (rows, length), generator=generator)

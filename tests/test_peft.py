@@ -153,7 +153,8 @@ def test_two_active_adapters(alpha: int, dtype: torch.dtype) -> None:
     model = adapted(llama(dtype), lora_bias=True)
     second = copy.deepcopy(model.peft_config["default"])
     second.lora_alpha, second.rank_pattern = alpha, {"q_proj": 6}
-    model.add_adapter("second", second, autocast_adapter_dtype=False)
+    model.add_adapter("second", second)
+    model.to(dtype)
     model.base_model.set_adapter(["default", "second"])
     got = assert_equal_to_stock(model, fused_calls=LLAMA_LAYERS)
     assert sum("second" in name for name in got) == 3 * LLAMA_LAYERS
@@ -219,3 +220,25 @@ def test_gradient_checkpointing(p: float, reentrant: bool) -> None:
     assert explain(model).fused_calls > 2 * LLAMA_LAYERS
     for name, tensor in plain.items():
         assert torch.equal(tensor, checkpointed[name]), name
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_the_loss_curve_is_that_of_stock(p: float) -> None:
+    model = adapted(llama(), lora_dropout=p)
+    fused = copy.deepcopy(model)
+    accelerate(fused, match_torch_rng=True, verbose=False)
+    curves = []
+    for each in (model, fused):
+        torch.manual_seed(4)
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9)
+        losses = []
+        for _ in range(12):
+            optimizer.zero_grad()
+            loss = each(tokens(), labels=tokens()).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(losses)
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    assert curves[0][-1] < curves[0][0] - 0.1
+    assert explain(fused).fused_calls == 12 * LLAMA_LAYERS

@@ -14,32 +14,18 @@ from torch import Tensor, nn
 pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear
 
 from lora_fused.integrations.peft import accelerate, explain
-from tests.peft_models import LLAMA_LAYERS, adapted, gpt2, llama, outputs_of, tokens
-
-
-class Block(nn.Module):
-    """One layer to adapt, and a call that passes arguments on."""
-
-    def __init__(self, bias: bool = True) -> None:
-        super().__init__()
-        self.proj = nn.Linear(12, 20, bias=bias)
-
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return self.proj(x, *args, **kwargs)
-
-
-def small(adapters: int = 1, **changes: Any) -> nn.Module:
-    settings = {"r": 3, "target_modules": ["proj"], "init_lora_weights": False, **changes}
-    model = get_peft_model(Block(), LoraConfig(**settings))
-    for i in range(1, adapters):
-        model.add_adapter(f"other{i}", LoraConfig(**settings))
-    return model
-
-
-def layer_of(model: nn.Module) -> Any:
-    return model.base_model.model.proj
+from tests.peft_models import (
+    LLAMA_LAYERS,
+    Block,
+    adapted,
+    layer_of,
+    llama,
+    outputs_of,
+    small,
+)
 
 
 def assert_falls_back(model: nn.Module, reason: str, x: Any = None, **kwargs: Any) -> None:
@@ -61,7 +47,8 @@ def assert_falls_back(model: nn.Module, reason: str, x: Any = None, **kwargs: An
 
 
 VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "the adapter is a DoraLinearVariant, not plain LoRA"),
+    "dora": ({"use_dora": True}, "the adapter uses DoRA"),
+    "alora": ({"alora_invocation_tokens": [1]}, "the adapter is a ALoraLinearVariant"),
     "mica": ({"init_lora_weights": "mica"}, "the adapter is a MiCALinearVariant"),
 }
 
@@ -155,6 +142,13 @@ def test_forward_patched_on_the_lora_layer() -> None:
     layer.forward = layer.forward
     report = accelerate(model, verbose=False)
     assert "its forward is patched on the instance" in str(report) and not report.fused
+
+
+def test_forward_patched_on_the_lora_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Linear, "forward", lambda self, x: x * 0)
+    report = accelerate(small(), verbose=False)
+    assert "lora.Linear.forward is patched by tests.test_peft_guards" in str(report)
+    assert not report.fused
 
 
 def test_offload_hooks_of_accelerate() -> None:
@@ -264,54 +258,3 @@ def test_errors_are_those_of_stock() -> None:
         model(torch.randn(4, 12), scale=2.0)
     with pytest.warns(UserWarning, match="the input is a NoneType"), pytest.raises(TypeError):
         model(None)
-
-
-def test_disabled_merged_and_absent_are_quiet() -> None:
-    model, x = small(), torch.randn(2, 12)
-    accelerate(model, verbose=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with model.disable_adapter():
-            model(x)
-        model.merge_adapter()
-        model(x)
-    assert dict(explain(model).stock_calls) == {
-        "the adapters are disabled": 1,
-        "the adapter is merged into the base weight": 1,
-    }
-
-
-def test_a_fallback_is_announced_once() -> None:
-    model, x = small(), torch.randn(2, 12)
-    report = accelerate(model, verbose=False)
-    assert report.fused
-    layer_of(model).lora_B["default"].register_forward_hook(hook)
-    with pytest.warns(UserWarning, match="runs on PEFT's own forward: lora_B has hooks"):
-        model(x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(x)
-    assert explain(model).stock_calls["lora_B has hooks"] == 2
-
-
-def test_the_report(capsys: pytest.CaptureFixture[str]) -> None:
-    model = adapted(gpt2(), target_modules=["c_attn", "wte"])
-    report = accelerate(model)
-    assert capsys.readouterr().err == f"{report}\n"
-    assert str(report).splitlines() == [
-        "lora_fused: 2 of 3 adapter layers fused",
-        "    not fused: 1 lora.Embedding: not exactly lora.Linear "
-        "(base_model.model.transformer.wte)",
-    ]
-    model(tokens())
-    assert "calls so far: 2 fused" in str(explain(model))
-
-
-def test_a_model_without_adapters() -> None:
-    report = accelerate(nn.Linear(2, 2), verbose=False)
-    assert str(report) == "lora_fused: there are no adapter layers in this model"
-
-
-def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="backend is 'gpu', expected one of auto"):
-        accelerate(small(), backend="gpu")

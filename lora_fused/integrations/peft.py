@@ -66,7 +66,7 @@ def accelerate(
     resolve_backend(backend)
     options = Options(backend, match_torch_rng, cast_adapters)
     for module in model.modules():
-        if type(module) is Linear and "forward" not in module.__dict__:
+        if type(module) is Linear and _why_not_swappable(module) is None:
             _swap(module, options)
         elif type(module) is FusedLinear:
             module._lora_fused.options = options
@@ -118,8 +118,9 @@ def register(config: peft.LoraConfig, **options: Any) -> peft.LoraConfig:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if type(base) is not nn.Linear and type(base) is not Conv1D:
             return None
-        layer = dispatch_default(target, adapter_name, **kwargs)
-        if type(layer) is Linear:
+        # Older versions of PEFT do not pass the config on.
+        layer = dispatch_default(target, adapter_name, kwargs.pop("config", config), **kwargs)
+        if type(layer) is Linear and _why_not_swappable(layer) is None:
             _swap(layer, chosen)
         return layer
 
@@ -148,21 +149,25 @@ def _swap_back(layer: Any) -> None:
 def _status(name: str, module: Any) -> LayerStatus:
     kind = f"{type(module).__module__.split('.')[-2]}.{type(module).__name__}"
     if type(module) is not FusedLinear:
-        return LayerStatus(name, kind, _why_not_swapped(module))
+        why = _why_not_swappable(module) or "accelerate(model) has not been called"
+        return LayerStatus(name, kind, why)
     state = module._lora_fused
     active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
     reason = why_stock_layer(module, active, state.options) if active else NO_ADAPTER
     return LayerStatus(name, "lora.Linear", reason, state.fused, state.stock.copy())
 
 
-def _why_not_swapped(module: Any) -> str:
+def _why_not_swappable(module: Any) -> str | None:
+    """Why a layer cannot be accelerated, whatever its adapters are."""
     if not isinstance(module, LoraLayer):
         return "not a LoRA layer"
     if type(module) is not Linear:
         return "not exactly lora.Linear"
     if "forward" in module.__dict__:
         return "its forward is patched on the instance"
-    return "accelerate(model) has not been called"
+    if Linear.forward.__module__ != Linear.__module__:
+        return f"lora.Linear.forward is patched by {Linear.forward.__module__}"
+    return None
 
 
 def _notes(layers: list[Any]) -> tuple[str, ...]:

@@ -70,11 +70,11 @@ def why_stock_layer(layer: Any, adapters: Sequence[str], options: Options) -> st
 
 
 def _why_stock_adapter(layer: Any, adapter: str, options: Options) -> str | None:
+    if layer.use_dora.get(adapter, False):
+        return "the adapter uses DoRA"
     variant = getattr(layer, "lora_variant", {}).get(adapter)
     if variant is not None:
         return f"the adapter is a {_name(variant)}, not plain LoRA"
-    if layer.use_dora.get(adapter, False):
-        return "the adapter uses DoRA"
     for name in ("lora_A", "lora_B"):
         module = child(layer, name, adapter)
         if type(module) is not nn.Linear:

@@ -13,6 +13,8 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_fused.dispatch import route_for
+from lora_fused.explain import LayerReport, needs_of
 from lora_fused.functional import call_layer
 from lora_fused.integrations.peft_guards import (
     BASE_ADAPTER,
@@ -88,6 +90,19 @@ class FusedLinear(Linear):
             return fused_call(self, x, adapters)
         return mixed_batch_call(self, x, adapter_names)
 
+    def explain_call(self, name: str, x: Tensor) -> LayerReport:
+        """What lora_fused.explain reports of this layer."""
+        adapters = [a for a in self.active_adapters if a in self.lora_A]
+        reason = _why_stock(self, x, (), {}, adapters)
+        if reason is not None:
+            return LayerReport(name, "lora.Linear", None, None, (reason,), "PEFT's own forward")
+        layer: Any = self
+        weight, lora_A, lora_B, bias, _ = _operands(layer, adapters)
+        needs = needs_of({"weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias})
+        dropout, backend = drops(layer, adapters[0]), self._lora_fused.options.backend
+        route = route_for(x, weight, lora_A, lora_B, bias, dropout, backend, needs=needs)
+        return LayerReport(name, "lora.Linear", route.problem, route.config, route.config.notes)
+
 
 def _why_stock(
     layer: FusedLinear, x: Any, args: Any, kwargs: dict[str, Any], adapters: Sequence[str]
@@ -119,30 +134,37 @@ def _has_more_than_names(kwargs: dict[str, Any]) -> bool:
 
 def fused_call(layer: Any, x: Tensor, adapters: Sequence[str]) -> Tensor:
     """What PEFT's forward computes with these adapters, in one pass over x and y."""
-    base, options = layer._modules["base_layer"], layer._lora_fused.options
+    options = layer._lora_fused.options
+    weight, lora_A, lora_B, bias, scaling = _operands(layer, adapters)
+    p, keep = 0.0, None
+    if adapters and drops(layer, adapters[0]):
+        p = child(layer, "lora_dropout", adapters[0]).p
+        if options.match_torch_rng:
+            keep = _torch_mask(x, p, lora_A.dtype)
+    return call_layer(x, weight, lora_A, lora_B, bias, scaling, p, None, options.backend, keep=keep)
+
+
+def _operands(layer: Any, adapters: Sequence[str]) -> tuple[Any, Any, Any, Any, float]:
+    """weight [N, K], lora_A, lora_B, bias and scaling; without adapters the latter are None."""
+    base = layer._modules["base_layer"]
     weight = parameter(base, "weight")
     if type(base) is Conv1D:
         weight = weight.t()
     if not adapters:
-        bias = parameter(base, "bias")
-        return call_layer(x, weight, None, None, bias, 1.0, 0.0, None, options.backend)
+        return weight, None, None, parameter(base, "bias"), 1.0
     lora_A, lora_B, scaling = _one_adapter(layer, adapters)
-    p, keep = 0.0, None
-    if drops(layer, adapters[0]):
-        p = child(layer, "lora_dropout", adapters[0]).p
-        if options.match_torch_rng:
-            keep = _torch_mask(x, p, lora_A.dtype)
-    bias = _bias(layer, adapters)
-    return call_layer(x, weight, lora_A, lora_B, bias, scaling, p, None, options.backend, keep=keep)
+    return weight, lora_A, lora_B, _bias(layer, adapters), scaling
 
 
 def _one_adapter(layer: Any, adapters: Sequence[str]) -> tuple[Tensor, Tensor, float]:
     """lora_A, lora_B and scaling; several adapters become one of the sum of their ranks."""
+    if len(adapters) == 1:
+        name = adapters[0]
+        lora_A, lora_B = child(layer, "lora_A", name), child(layer, "lora_B", name)
+        return parameter(lora_A, "weight"), parameter(lora_B, "weight"), float(layer.scaling[name])
     a = [parameter(child(layer, "lora_A", name), "weight") for name in adapters]
     b = [parameter(child(layer, "lora_B", name), "weight") for name in adapters]
     scaling = [float(layer.scaling[name]) for name in adapters]
-    if len(adapters) == 1:
-        return a[0], b[0], scaling[0]
     if len(set(scaling)) == 1:
         return torch.cat(a), torch.cat(b, dim=1), scaling[0]
     # Scaled in fp32, so that lora_B is rounded once at most, when it is cast to the compute dtype.
