@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is mapped when touched"),
 ]
 
+NO_RESERVE = 0x4000  # mmap.MAP_NORESERVE of Linux, which Python knows from 3.13 on
 HUGE = (1 << 29) + 8  # from row to row: the fifth begins behind element 2³¹
 M, K, N, R = 33, 20, 70, 5
 
@@ -39,7 +40,7 @@ def far(values: Tensor, columns: bool = False) -> Tensor:
     strides = (1, HUGE) if columns else (HUGE, 1)
     count = (rows - 1) * strides[0] + (cols - 1) * strides[1] + 1
     assert count > 1 << 31
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
     try:
         memory = mmap.mmap(-1, count * values.dtype.itemsize, flags=flags)
     except OSError as error:

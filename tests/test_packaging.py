@@ -100,6 +100,10 @@ def pip_install(what: Path, site: Path, **environment: str) -> None:
 
 
 USE_A_LAYER = """
+    import sys
+
+    # An editable install of the checkout would offer its own modules for those that are missing.
+    sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
     import torch, lora_fused
     from lora_fused.testing import check_case, make_case
 
