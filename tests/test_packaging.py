@@ -116,7 +116,12 @@ USE_A_LAYER = """
 
 
 def use_a_layer(site: Path) -> str:
-    printed = run_python(USE_A_LAYER, site.parent, PYTHONPATH=str(site))
+    # Without the site module: an editable install of the sources would lend its native module.
+    path = [str(site), *(directory for directory in sys.path if "-packages" in directory)]
+    code = textwrap.dedent(USE_A_LAYER)
+    printed = run(
+        sys.executable, "-S", "-c", code, cwd=site.parent, PYTHONPATH=os.pathsep.join(path)
+    )
     assert printed.startswith(str(site)), printed
     return printed
 

@@ -20,8 +20,8 @@ bf16, own kernels on AMX tiles, vendor's GEMM oneDNN on AMX tiles:
 fp32, vendor's GEMM MKL at 85-90 % of the peak:
     forward  M <= 16   0.5-1.0 / 1.0-1.4 / 0.9-1.2     M = 1: 1.0 / 1.2 / 1.1
              M = 128   0.9-1.1 / 1.0-1.2 / 1.0-1.1     M = 512: 1.0-1.1 / 1.0-1.1 / 1.0-1.05
-    dx       M = 128   0.6-0.8 / 1.0-1.1 / 1.0-1.1     from 1 M weights on; smaller ones 1.0-1.3
-             M = 16    0.8-0.9 / 1.1 / 1.0-1.1         from 16 M weights on; smaller ones 1.4-1.8
+    dx       M = 128   0.6-0.8 / 1.0-1.1 / 1.0-1.1     K = 2048, 8192; other K 1.0-1.3
+             M = 16    0.8-0.9 / 1.1 / 1.0-1.1         K = 2048, 8192, 16 M weights; else 1.4-1.8
              others    1.1-1.3 / 1.0-1.5 / 1.0-1.1
     A packed weight was never faster than a plain one here (it was on an AMD Zen 4 prototype).
 fp16, vendor's GEMM oneDNN; its dx runs at 0.1-2 GFLOP/s from M = 128 on, own 160:
@@ -134,6 +134,7 @@ def _fp32_beside_mkl_along(problem: Problem) -> str:
 
 
 def _fp32_beside_mkl_across(problem: Problem) -> str:
+    """MKL is slow where the stored rows (problem.K long) share the sets of a cache."""
     M, weights = problem.M, problem.K * problem.N
-    own = (64 <= M <= 256 and weights >= 1.5 * _MI) or (4 <= M <= 256 and weights >= 16 * _MI)
-    return "own" if own else "library"
+    own = (64 <= M <= 256 and weights >= _MI) or (4 <= M <= 256 and weights >= 16 * _MI)
+    return "own" if own and problem.K % 2048 == 0 else "library"
