@@ -76,6 +76,7 @@ class Tiles:
 
     splits: parts of the contraction that are summed at the end (reduce, shrink, decode).
     descriptors: tensor descriptors (TMA). persistent: a fixed number of blocks walks the tiles.
+    shrink_group: how many consecutive S tiles one ticket of the s_first schedule hands out.
     """
 
     block_m: int = 0
@@ -87,6 +88,7 @@ class Tiles:
     splits: int = 1
     descriptors: bool = False
     persistent: bool = False
+    shrink_group: int = 1
 
     def __str__(self) -> str:
         blocks = [size for size in (self.block_m, self.block_n, self.block_k) if size]
@@ -95,6 +97,7 @@ class Tiles:
         parts += [f"{self.num_warps} warps"] if self.num_warps else []
         parts += [f"{self.num_stages} stages"] if self.num_stages else []
         parts += [f"{self.splits} splits"] if self.splits > 1 else []
+        parts += [f"{self.shrink_group} S tiles a ticket"] if self.shrink_group > 1 else []
         parts += [word for word in ("descriptors", "persistent") if getattr(self, word)]
         return " ".join(parts)
 
