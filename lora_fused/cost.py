@@ -38,7 +38,7 @@ from lora_fused.roofline import (
 from lora_fused.schedule import s_first_makespan, waves
 
 _FLAG_US = 0.3
-_TORCH_MASK_BYTES = 140  # moved per element by regenerating a mask with torch's operations
+_DRAWN_MASK_BYTES = 6  # moved per element: a mask of bytes drawn or read, x read, x written
 
 SPEED = {
     ("cuda", 90): 1.0,
@@ -94,9 +94,9 @@ def library_us(problem: Problem, operation: str, tf32: bool = False) -> float:
     if work.R == 0:
         return sum(library_gemm_us(rates, part) for part in parts)
     mask = 0.0
-    if work.masked and not problem.given_mask:
+    if work.masked:
         masked = work.x_bytes if work.forward else work.y_bytes
-        mask = elementwise_us(rates, _TORCH_MASK_BYTES * masked / rates.itemsize)
+        mask = elementwise_us(rates, _DRAWN_MASK_BYTES * masked / rates.itemsize)
     time = mask + library_shrink_us(rates, work)
     for part in parts:
         time += elementwise_us(rates, part.y_bytes + part.s_bytes)
@@ -199,9 +199,9 @@ def _decode_us(rates: Rates, work: Work, candidate: Candidate) -> float:
 
 def _library_reduce_us(rates: Rates, problem: Problem) -> float:
     forward, total = work_of(problem, "forward"), 0.0
-    if problem.dropout and not problem.given_mask:
+    if problem.dropout:
         masked = forward.x_bytes / rates.itemsize
-        total += elementwise_us(rates, _TORCH_MASK_BYTES * masked)
+        total += elementwise_us(rates, _DRAWN_MASK_BYTES * masked)
     outputs = (*forward.outputs, problem.K)
     for width in outputs:
         moved = read_us(rates, problem.M * width * rates.itemsize)

@@ -111,6 +111,11 @@ _SLOWEST_BANDWIDTH = 0.3e12
 _USUAL_CLOCK = 1.5e9
 
 
+def gpu_of(x: torch.Tensor) -> Device | None:
+    """The GPU that a tensor is on; None elsewhere."""
+    return device_of(x.device) if x.is_cuda else None
+
+
 def device_of(device: torch.device | str) -> Device:
     """The description of a torch GPU; one of torch's CUDA (or HIP) devices."""
     where = torch.device(device)
