@@ -220,4 +220,4 @@ def run(
     return report, s
 
 
-__all__ = ["SHIPPED", "Problem", "Projection", "Variant", "keep_mask", "replace", "run", "variant"]
+__all__ = ["kernel_text","SHIPPED", "Problem", "Projection", "Variant", "keep_mask", "replace", "run", "variant"]

@@ -9,28 +9,36 @@ namespace lora_fused::sm80 {
 
 LORA_FUSED_DEVICE int clamp(int value, int low, int high) { return max(low, min(value, high)); }
 
-// One thread's part in copying tiles of kRows rows of kChunks 16-byte chunks: one column of chunks, every
-// kStep-th row. kSwizzle(row, chunk) is where a chunk goes.
-template <int kRows, int kChunks, int kThreads>
+// One thread's part in copying tiles of kRows rows of kRowBytes: one column of 16-byte chunks, every kStep-th
+// row.
+template <int kRows, int kRowBytes, int kThreads, int kSize, bool kTransposed>
 struct Part {
-  static constexpr int kStep = kThreads / kChunks, kPasses = kRows / kStep;
+  static constexpr int kChunks = kRowBytes / 16, kStep = kThreads / kChunks, kPasses = kRows / kStep;
   static_assert(kThreads % kChunks == 0 && kRows % kStep == 0, "every thread copies equally many chunks");
+  static_assert(kStep % (kTransposed && kSize == 4 ? 4 : 8) == 0,
+                "a thread's rows share their place in the swizzle");
 
-  static LORA_FUSED_DEVICE int chunk() { return threadIdx.x % kChunks; }
-  static LORA_FUSED_DEVICE int row() { return threadIdx.x / kChunks; }
+  const int row, chunk;
+
+  explicit LORA_FUSED_DEVICE Part(int thread) : row(thread / kChunks), chunk(thread % kChunks) {}
+
+  static LORA_FUSED_DEVICE std::uint32_t place(int row, int chunk) {
+    if constexpr (kTransposed)
+      return mn_major_offset<kRowBytes, kSize>(row, chunk);
+    else
+      return k_major_offset<kRowBytes>(row, chunk);
+  }
 
   // `from` is this thread's first chunk. Rows at and after `rows` and bytes of a row at and after `row_bytes`
-  // are zero; rows at and after `wanted_rows` are left as they are.
-  template <class Swizzle>
-  static LORA_FUSED_DEVICE void copy(const char* from, i64 row_stride_bytes, int rows, int row_bytes,
-                                     int wanted_rows, Swizzle swizzle) {
-    const int bytes = clamp(row_bytes - chunk() * 16, 0, 16);
+  // are zero.
+  LORA_FUSED_DEVICE void copy(std::uint32_t to, const char* from, i64 row_stride_bytes, int rows,
+                              int row_bytes) const {
+    const std::uint32_t first = to + place(row, chunk);
+    const int bytes = clamp(row_bytes - chunk * 16, 0, 16), rows_left = rows - row;
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int r = row() + pass * kStep;
-      if (kPasses * kStep > wanted_rows && r >= wanted_rows) continue;
-      ptx::cp_async_16(swizzle(r, chunk()), from + pass * kStep * row_stride_bytes, r < rows ? bytes : 0);
-    }
+    for (int pass = 0; pass < kPasses; ++pass)
+      ptx::cp_async_16(first + pass * kStep * kRowBytes, from + pass * kStep * row_stride_bytes,
+                       pass * kStep < rows_left ? bytes : 0);
   }
 };
 

@@ -20,7 +20,8 @@ LORA_FUSED_DEVICE void transpose_quad(std::uint32_t (&v)[4], int lane) {
   swap_with(v[1], v[3], high, 2);
 }
 
-template <typename T>
+// Stores to y; kStrided: its columns are not neighbours.
+template <typename T, bool kStrided>
 struct Store {
   const Output& y;
   const void* bias;
@@ -28,7 +29,7 @@ struct Store {
   bool by_elements;
 
   LORA_FUSED_DEVICE T* at(int row, int col) const {
-    return static_cast<T*>(y.data) + row * y.row_stride + col * (by_elements ? y.col_stride : 1);
+    return static_cast<T*>(y.data) + row * y.row_stride + (kStrided ? col * y.col_stride : col);
   }
 
   LORA_FUSED_DEVICE float bias_of(int col) const {
@@ -38,33 +39,35 @@ struct Store {
   // Eight 16-bit values of a row, from column `col`.
   LORA_FUSED_DEVICE void eight(int row, int col, const std::uint32_t (&v)[4]) const {
     if (row >= rows) return;
-    if (!by_elements && col + 8 <= cols) {
-      *reinterpret_cast<uint4*>(at(row, col)) = {v[0], v[1], v[2], v[3]};
+    T* to = at(row, col);
+    if (!kStrided && !by_elements && col + 8 <= cols) {
+      *reinterpret_cast<uint4*>(to) = {v[0], v[1], v[2], v[3]};
       return;
     }
 #pragma unroll
     for (int e = 0; e < 8; ++e)
       if (col + e < cols)
-        *reinterpret_cast<std::uint16_t*>(at(row, col + e)) =
+        reinterpret_cast<std::uint16_t*>(to)[kStrided ? e * y.col_stride : e] =
             static_cast<std::uint16_t>(v[e / 2] >> (16 * (e % 2)));
   }
 
   // Two fp32 values of a row.
   LORA_FUSED_DEVICE void two(int row, int col, float v0, float v1) const {
     if (row >= rows) return;
-    if (!by_elements && col + 2 <= cols) {
-      *reinterpret_cast<float2*>(at(row, col)) = {v0, v1};
+    T* to = at(row, col);
+    if (!kStrided && !by_elements && col + 2 <= cols) {
+      *reinterpret_cast<float2*>(to) = {v0, v1};
       return;
     }
-    if (col < cols) *at(row, col) = v0;
-    if (col + 1 < cols) *at(row, col + 1) = v1;
+    if (col < cols) to[0] = v0;
+    if (col + 1 < cols) to[kStrided ? y.col_stride : 1] = v1;
   }
 };
 
 // c [16 kFragsM, 8 kFragsN] of this warp to y from (row, col).
-template <typename T, int kFragsM, int kFragsN>
-LORA_FUSED_DEVICE void store_tile(const Store<T>& store, const float (&c)[kFragsM][kFragsN][4], int row,
-                                  int col, int lane) {
+template <typename T, bool kStrided, int kFragsM, int kFragsN>
+LORA_FUSED_DEVICE void store_tile(const Store<T, kStrided>& store, const float (&c)[kFragsM][kFragsN][4],
+                                  int row, int col, int lane) {
   const int g = lane >> 2, t = lane & 3;
 #pragma unroll
   for (int j = 0; j < kFragsN; j += 4) {

@@ -1,41 +1,55 @@
 // The producer's side of a tile: which k blocks it reads, from where, and into which stage.
 #pragma once
 
+#include <type_traits>
+
 #include "arguments.h"
 #include "copies.cuh"
 
 namespace lora_fused::sm80 {
 
-// What a ticket stands for.
+// What a ticket stands for. NOTE: it lies in shared memory, because a main tile has no registers to spare.
 struct Work {
+  int member;        // kShrink: an S tile; kNone: no work is left
   int tile_m, row0;  // the row of tiles and its first token
   int col0;          // first column of y; of an S tile: first stacked rank
-  int member;        // -1: an S tile; kNone: no work is left
-  int cols;          // columns of an S tile
+  int cols;          // N; of an S tile: its ranks
+  int rank;          // of the member; of an S tile: 0
+  // Its k blocks: main_blocks of (x, w) or (x, shrink), and from tail_begin on tail_blocks of (s, expand).
+  // Where y is masked, the rank comes first: the accumulators hold s expandᵀ alone then and can be masked.
+  int main_blocks, tail_blocks, tail_begin;
   static constexpr int kShrink = -1, kNone = -2;
 };
 
+LORA_FUSED_DEVICE int blocks_of(int length, int block) { return (length + block - 1) / block; }
+
 // S tiles have the first tickets, so that a block waits only for work that has been started.
 template <class Tile>
-LORA_FUSED_DEVICE Work work_of(const MatmulLaunch& args, int ticket) {
+LORA_FUSED_DEVICE void decode_ticket(const MatmulLaunch& args, int ticket, Work& work) {
   const int shrink_tiles = args.tiles_m * args.chunks, tiles_n = args.member[args.members - 1].tiles_end;
-  if (ticket < shrink_tiles) {
-    const int tile_m = ticket / args.chunks, chunk = ticket - tile_m * args.chunks;
-    const int begin = args.chunk_begin[chunk];
-    return {tile_m, tile_m * Tile::BLOCK_M, begin, Work::kShrink, args.chunk_begin[chunk + 1] - begin};
-  }
   const int tile = ticket - shrink_tiles;
-  if (tile >= args.tiles_m * tiles_n) return {0, 0, 0, Work::kNone, 0};
-  const int band_tiles = args.group_m * tiles_n, band = tile / band_tiles;
-  const int band_begin = band * args.group_m, band_rows = min(args.group_m, args.tiles_m - band_begin);
-  const int inside = tile - band * band_tiles, tile_n = inside / band_rows;
-  int member = 0, before = 0;
-  while (tile_n >= args.member[member].tiles_end) before = args.member[member++].tiles_end;
-  const int tile_m = band_begin + inside - tile_n * band_rows;
-  return {tile_m, tile_m * Tile::BLOCK_M, (tile_n - before) * Tile::BLOCK_N, member, 0};
+  work.member = tile < 0 ? Work::kShrink : tile < args.tiles_m * tiles_n ? 0 : Work::kNone;
+  work.main_blocks = blocks_of(args.D, Tile::BLOCK_K);
+  work.rank = work.tail_blocks = work.tile_m = work.col0 = work.cols = 0;
+  if (tile < 0) {
+    const int chunk = ticket % args.chunks;
+    work.tile_m = ticket / args.chunks;
+    work.col0 = args.chunk_begin[chunk];
+    work.cols = args.chunk_begin[chunk + 1] - work.col0;
+  } else if (work.member == 0) {
+    const int band_tiles = args.group_m * tiles_n, band_begin = tile / band_tiles * args.group_m;
+    const int band_rows = min(args.group_m, args.tiles_m - band_begin), inside = tile % band_tiles;
+    int tile_n = inside / band_rows, before = 0;
+    work.tile_m = band_begin + inside % band_rows;
+    while (tile_n >= args.member[work.member].tiles_end) before = args.member[work.member++].tiles_end;
+    work.col0 = (tile_n - before) * Tile::BLOCK_N;
+    work.cols = args.member[work.member].N;
+    work.rank = args.member[work.member].rank;
+    work.tail_blocks = blocks_of(work.rank, Tile::BLOCK_K);
+  }
+  work.row0 = work.tile_m * Tile::BLOCK_M;
+  work.tail_begin = args.mask_output && args.threshold > 0 ? 0 : work.main_blocks;
 }
-
-LORA_FUSED_DEVICE int blocks_of(int length, int block) { return (length + block - 1) / block; }
 
 // The member that owns a stacked rank, or the one before it if the rank is padding between two.
 LORA_FUSED_DEVICE int member_of_rank(const MatmulLaunch& args, int rank) {
@@ -44,133 +58,128 @@ LORA_FUSED_DEVICE int member_of_rank(const MatmulLaunch& args, int rank) {
   return member;
 }
 
-// One tile's k blocks: `main_blocks` of (x, w), or (x, shrink) for an S tile, and `tail_blocks` of (s,
-// expand).
+// Copies the k blocks of a tile.
 template <class Tile>
 struct Loader {
   using T = typename Tile::Element;
   static constexpr int kSize = Tile::kSize, BLOCK_K = Tile::BLOCK_K, kThreads = Tile::kThreads;
-  static constexpr int kRowChunks = Tile::kRowBytes / 16, kWideChunks = Tile::kWideBytes / 16;
-  using PartX = Part<Tile::BLOCK_M, kRowChunks, kThreads>;
-  using PartW = Part<Tile::BLOCK_N, kRowChunks, kThreads>;      // k_major
-  using PartWide = Part<Tile::BLOCK_K, kWideChunks, kThreads>;  // mn_major
+  using PartX = Part<Tile::BLOCK_M, Tile::kRowBytes, kThreads, kSize, false>;
+  using PartW = std::conditional_t<Tile::kTransposed, Part<BLOCK_K, Tile::kWideBytes, kThreads, kSize, true>,
+                                   Part<Tile::BLOCK_N, Tile::kRowBytes, kThreads, kSize, false>>;
 
   const MatmulLaunch& args;
   const std::uint32_t shared;
-  Work work;
-  int block, main_blocks, tail_blocks, tail_begin;
-  int slot = 0;
+  const Work* work;
+  int block;      // the one that is copied next
+  int plain_end;  // blocks before this one, and not before `block`, are main blocks: nothing else to look at
+  int k_left;     // of the contraction, from the next main block on
   const char *x, *w;  // this thread's first chunks of the next main block
 
   LORA_FUSED_DEVICE Loader(const MatmulLaunch& arguments, std::uint32_t base)
       : args(arguments), shared(base) {}
 
-  LORA_FUSED_DEVICE bool masks_output() const { return args.mask_output && args.threshold > 0; }
-  LORA_FUSED_DEVICE bool waits() const { return args.chunks > 0 && tail_blocks > 0; }
+  // s is computed by this launch, and the next block is the first that needs it.
+  LORA_FUSED_DEVICE bool needs_s() const {
+    return block >= plain_end && args.chunks > 0 && work->tail_blocks > 0 && block == work->tail_begin;
+  }
 
-  // Start on a tile: addresses, and the order of its blocks. Where y is masked, the rank's blocks come first:
-  // the accumulators hold s expandᵀ alone then and can be masked.
-  LORA_FUSED_DEVICE void begin(const Work& next) {
+  LORA_FUSED_DEVICE void begin(const Work* next) {
     work = next;
     block = 0;
-    main_blocks = work.member == Work::kNone ? 0 : blocks_of(args.D, BLOCK_K);
-    tail_blocks = work.member < 0 ? 0 : blocks_of(args.member[work.member].rank, BLOCK_K);
-    tail_begin = masks_output() ? 0 : main_blocks;
+    plain_end = work->tail_begin;
+    k_left = args.D;
     if constexpr (!Tile::kByElements) {
-      x = chunk_of<PartX>(args.x, args.x.row_stride, work.row0, 0);
-      if (work.member >= 0) {
-        const Matrix& matrix = args.member[work.member].w;
-        w = Tile::kTransposed ? chunk_of<PartWide>(matrix, matrix.col_stride, 0, work.col0)
-                              : chunk_of<PartW>(matrix, matrix.row_stride, work.col0, 0);
-      }
+      const int thread = ptx::opaque(threadIdx.x);
+      x = chunk_of(PartX(thread), args.x.data, args.x.row_stride, work->row0, 0);
+      if (work->member >= 0) w = second_chunk(PartW(thread), args.member[work->member].w, work->col0, 0);
     }
   }
 
-  LORA_FUSED_DEVICE bool at_tail() const { return block >= tail_begin && block < tail_begin + tail_blocks; }
-
-  // Copy the next block, if there is one, into the next stage. Always one commit, so that waits can count.
+  // Copy the next block, if there is one, into stage `slot`. Always one commit, so that waits can count.
   template <bool kShrink>
-  LORA_FUSED_DEVICE void issue() {
-    if (block < main_blocks + tail_blocks) {
-      const std::uint32_t stage = shared + slot * Tile::kStageBytes;
-      if (!kShrink && at_tail())
-        issue_tail(stage, (block - tail_begin) * BLOCK_K);
-      else
-        issue_main<kShrink>(stage, (block < tail_begin ? block : block - tail_blocks) * BLOCK_K);
-      ++block;
-      slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
-    }
+  LORA_FUSED_DEVICE void issue(int slot) {
+    const std::uint32_t stage = shared + slot * Tile::kStageBytes;
+    if (block < plain_end)
+      issue_main<kShrink>(stage);
+    else if (!kShrink && block < work->tail_begin + work->tail_blocks)
+      issue_tail(stage, (block - work->tail_begin) * BLOCK_K);
+    ++block;
+    if (block >= plain_end && block == work->tail_begin + work->tail_blocks)
+      plain_end = work->main_blocks + work->tail_blocks;
     ptx::cp_async_commit();
   }
 
  private:
   // This thread's chunk of a tile that begins at (row, col) of a matrix with rows `stride` apart.
   template <class Part>
-  LORA_FUSED_DEVICE const char* chunk_of(const Matrix& matrix, i64 stride, int row, int col) const {
-    const i64 element =
-        (static_cast<i64>(row) + Part::row()) * stride + col + Part::chunk() * Tile::kPerChunk;
-    return static_cast<const char*>(matrix.data) + element * kSize;
+  static LORA_FUSED_DEVICE const char* chunk_of(const Part& part, const void* data, i64 stride, int row,
+                                                int col) {
+    const i64 element = (static_cast<i64>(row) + part.row) * stride + col + part.chunk * Tile::kPerChunk;
+    return static_cast<const char*>(data) + element * kSize;
   }
 
-  static LORA_FUSED_DEVICE std::uint32_t row_place(int row, int chunk) {
-    return k_major_offset<Tile::kRowBytes>(row, chunk);
+  // The same for a second operand, of which (row, k) is wanted.
+  static LORA_FUSED_DEVICE const char* second_chunk(const PartW& part, const Matrix& matrix, int row, int k) {
+    return Tile::kTransposed ? chunk_of(part, matrix.data, matrix.col_stride, k, row)
+                             : chunk_of(part, matrix.data, matrix.row_stride, row, k);
+  }
+
+  // Copy a second operand's tile; rows and ks are how many there are from here on.
+  static LORA_FUSED_DEVICE void copy_second(const PartW& part, std::uint32_t to, const char* from,
+                                            const Matrix& matrix, int rows, int ks) {
+    if constexpr (Tile::kTransposed)
+      part.copy(to, from, matrix.col_stride * kSize, ks, rows * kSize);
+    else
+      part.copy(to, from, matrix.row_stride * kSize, rows, ks * kSize);
   }
 
   template <bool kShrink>
-  LORA_FUSED_DEVICE void issue_main(std::uint32_t stage, int k0) {
+  LORA_FUSED_DEVICE void issue_main(std::uint32_t stage) {
     if constexpr (Tile::kByElements) {
-      copy_by_elements<Tile::BLOCK_M, false>(stage, args.x, work.row0, args.M, k0, args.D);
+      copy_by_elements<Tile::BLOCK_M, false>(stage, args.x, work->row0, args.M, args.D - k_left, args.D);
     } else {
-      PartX::copy(x, args.x.row_stride * kSize, args.M - work.row0, (args.D - k0) * kSize, Tile::BLOCK_M,
-                  [&](int row, int chunk) { return stage + row_place(row, chunk); });
+      PartX(threadIdx.x).copy(stage, x, args.x.row_stride * kSize, args.M - work->row0, k_left * kSize);
       x += Tile::kRowBytes;
     }
     if constexpr (kShrink)
-      issue_shrink(stage + Tile::kBytesX, k0);
+      issue_shrink(stage + Tile::kBytesX, args.D - k_left);
     else
-      issue_weight(stage + Tile::kBytesX, k0);
+      issue_weight(stage + Tile::kBytesX);
+    k_left -= BLOCK_K;
   }
 
-  LORA_FUSED_DEVICE void issue_weight(std::uint32_t to, int k0) {
-    const Member& member = args.member[work.member];
+  LORA_FUSED_DEVICE void issue_weight(std::uint32_t to) {
+    const Member& member = args.member[work->member];
     if constexpr (Tile::kByElements) {
-      copy_by_elements<Tile::BLOCK_N, true>(to, member.w, work.col0, member.N, k0, args.D);
-    } else if constexpr (Tile::kTransposed) {
-      const i64 stride = member.w.col_stride * kSize;
-      PartWide::copy(w, stride, args.D - k0, (member.N - work.col0) * kSize, BLOCK_K, [&](int k, int chunk) {
-        return to + mn_major_offset<Tile::kWideBytes, kSize>(k, chunk);
-      });
-      w += BLOCK_K * stride;
+      copy_by_elements<Tile::BLOCK_N, true>(to, member.w, work->col0, work->cols, args.D - k_left, args.D);
     } else {
-      PartW::copy(w, member.w.row_stride * kSize, member.N - work.col0, (args.D - k0) * kSize, Tile::BLOCK_N,
-                  [&](int row, int chunk) { return to + row_place(row, chunk); });
-      w += Tile::kRowBytes;
+      copy_second(PartW(threadIdx.x), to, w, member.w, work->cols - work->col0, k_left);
+      w += Tile::kTransposed ? BLOCK_K * member.w.col_stride * kSize : Tile::kRowBytes;
     }
   }
 
   // Rows col0, ... of the stacked shrink adapters.
   LORA_FUSED_DEVICE void issue_shrink(std::uint32_t to, int k0) {
-    const int wanted = blocks_of(work.cols, 16) * 16;
+    const int wanted = blocks_of(work->cols, 16) * 16;
     if (Tile::kByElements || args.shrink_by_elements) {
       copy_elements<T, kThreads>(
           wanted * BLOCK_K, [&](int e) { return to + element_offset<Tile>(e / BLOCK_K, e % BLOCK_K); },
           [&](int e) { return shrink_row(e / BLOCK_K) >= 0 && k0 + e % BLOCK_K < args.D; },
           [&](int e) {
-            const int row = shrink_row(e / BLOCK_K), owner = member_of_rank(args, work.col0 + e / BLOCK_K);
+            const int row = shrink_row(e / BLOCK_K), owner = member_of_rank(args, work->col0 + e / BLOCK_K);
             return element_of(args.member[owner].shrink, row, k0 + e % BLOCK_K);
           });
     } else if constexpr (Tile::kTransposed) {
       const Matrix& matrix = args.member[0].shrink;  // NOTE: stacked members are read by elements
-      if (PartWide::chunk() * 16 < wanted * kSize)
-        PartWide::copy(
-            chunk_of<PartWide>(matrix, matrix.col_stride, k0, work.col0), matrix.col_stride * kSize,
-            args.D - k0, work.cols * kSize, BLOCK_K,
-            [&](int k, int chunk) { return to + mn_major_offset<Tile::kWideBytes, kSize>(k, chunk); });
+      const PartW part(ptx::opaque(threadIdx.x));
+      if (part.chunk * 16 < wanted * kSize)
+        copy_second(part, to, second_chunk(part, matrix, work->col0, k0), matrix, work->cols, args.D - k0);
     } else {
-      const int k = k0 + PartW::chunk() * Tile::kPerChunk, bytes = clamp((args.D - k) * kSize, 0, 16);
-      for (int r = PartW::row(); r < wanted; r += PartW::kStep) {
-        const int row = shrink_row(r), owner = member_of_rank(args, work.col0 + r);
-        ptx::cp_async_16(to + row_place(r, PartW::chunk()),
+      const PartW part(ptx::opaque(threadIdx.x));
+      const int k = k0 + part.chunk * Tile::kPerChunk, bytes = clamp((args.D - k) * kSize, 0, 16);
+      for (int r = part.row; r < wanted; r += PartW::kStep) {
+        const int row = shrink_row(r), owner = member_of_rank(args, work->col0 + r);
+        ptx::cp_async_16(to + part.place(r, part.chunk),
                          element_of(args.member[owner].shrink, max(row, 0), k), row < 0 ? 0 : bytes);
       }
     }
@@ -178,9 +187,9 @@ struct Loader {
 
   // The row of its member's adapter that row r of this S tile is, or -1 for padding.
   LORA_FUSED_DEVICE int shrink_row(int r) const {
-    const Member& member = args.member[member_of_rank(args, work.col0 + r)];
-    const int row = work.col0 + r - member.rank_begin;
-    return r < work.cols && row < member.rank ? row : -1;
+    const Member& member = args.member[member_of_rank(args, work->col0 + r)];
+    const int row = work->col0 + r - member.rank_begin;
+    return r < work->cols && row < member.rank ? row : -1;
   }
 
   LORA_FUSED_DEVICE const T* element_of(const Matrix& matrix, i64 row, i64 col) const {
@@ -188,25 +197,18 @@ struct Loader {
   }
 
   LORA_FUSED_DEVICE void issue_tail(std::uint32_t stage, int r0) {
-    const Member& member = args.member[work.member];
-    const Matrix s = {args.s.data, args.s.row_stride, 1};
-    const int row_bytes = (member.rank - r0) * kSize;
-    PartX::copy(chunk_of<PartX>(s, s.row_stride, work.row0, member.rank_begin + r0), s.row_stride * kSize,
-                args.M - work.row0, row_bytes, Tile::BLOCK_M,
-                [&](int row, int chunk) { return stage + row_place(row, chunk); });
+    const Member& member = args.member[work->member];
+    const int thread = ptx::opaque(threadIdx.x), ranks = work->rank - r0;
+    const PartX part(thread);
+    part.copy(stage, chunk_of(part, args.s.data, args.s.row_stride, work->row0, member.rank_begin + r0),
+              args.s.row_stride * kSize, args.M - work->row0, ranks * kSize);
     const std::uint32_t to = stage + Tile::kBytesX;
-    const Matrix& expand = member.expand;
     if (Tile::kByElements || member.expand_by_elements) {
-      copy_by_elements<Tile::BLOCK_N, true>(to, expand, work.col0, member.N, r0, member.rank);
-    } else if constexpr (Tile::kTransposed) {
-      PartWide::copy(chunk_of<PartWide>(expand, expand.col_stride, r0, work.col0), expand.col_stride * kSize,
-                     member.rank - r0, (member.N - work.col0) * kSize, BLOCK_K, [&](int k, int chunk) {
-                       return to + mn_major_offset<Tile::kWideBytes, kSize>(k, chunk);
-                     });
+      copy_by_elements<Tile::BLOCK_N, true>(to, member.expand, work->col0, work->cols, r0, work->rank);
     } else {
-      PartW::copy(chunk_of<PartW>(expand, expand.row_stride, work.col0, r0), expand.row_stride * kSize,
-                  member.N - work.col0, row_bytes, Tile::BLOCK_N,
-                  [&](int row, int chunk) { return to + row_place(row, chunk); });
+      const PartW second(thread);
+      copy_second(second, to, second_chunk(second, member.expand, work->col0, r0), member.expand,
+                  work->cols - work->col0, ranks);
     }
   }
 
@@ -222,7 +224,7 @@ struct Loader {
         [&](int e) {
           if constexpr (kSecond) return to + element_offset<Tile>(row_of(e), k_of(e));
           const int k = k_of(e);
-          return to + row_place(row_of(e), k / Tile::kPerChunk) + k % Tile::kPerChunk * kSize;
+          return to + PartX::place(row_of(e), k / Tile::kPerChunk) + k % Tile::kPerChunk * kSize;
         },
         [&](int e) { return row0 + row_of(e) < rows && k0 + k_of(e) < ks; },
         [&](int e) { return element_of(matrix, row0 + row_of(e), k0 + k_of(e)); });

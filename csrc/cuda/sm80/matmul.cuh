@@ -47,9 +47,8 @@ struct Matmul {
 
   // ---- tickets ------------------------------------------------------------------------------------------
 
-  // NOTE: two slots, because a fast thread 0 takes a ticket while slow threads still read the last one.
-  LORA_FUSED_DEVICE void take_ticket(std::uint32_t* ticket) {
-    if (threadIdx.x == 0) *ticket = ptx::atom_add_acq_rel(args.workspace + kTicket, 1);
+  LORA_FUSED_DEVICE void take_ticket(Work& work) {
+    if (threadIdx.x == 0) decode_ticket<Tile>(args, ptx::atom_add_acq_rel(args.workspace + kTicket, 1), work);
   }
 
   // The last block to leave puts the workspace back to zero for the next launch.
@@ -68,23 +67,26 @@ struct Matmul {
   // Before the first block of the rank is copied, s must be there. A block barrier follows before any thread
   // but this one relies on it.
   LORA_FUSED_DEVICE void wait_for_s() {
-    if (loader.waits() && loader.block == loader.tail_begin && threadIdx.x == 0)
-      wait_flag(args.workspace + kFlags + loader.work.tile_m, args.chunks, args.workspace + kError);
+    if (loader.needs_s() && threadIdx.x == 0)
+      wait_flag(args.workspace + kFlags + loader.work->tile_m, args.chunks, args.workspace + kError);
   }
 
-  LORA_FUSED_DEVICE void begin(const Work& work) {
-    if (work.member == Work::kNone) return;
+  // Fill all stages but one with the first blocks of a tile.
+  LORA_FUSED_DEVICE void begin(const Work* work) {
+    if (work->member == Work::kNone) return;
     loader.begin(work);
+    int to = slot;
 #pragma unroll 1
     for (int i = 0; i < kStages - 1; ++i) {
-      if (loader.waits() && loader.block == loader.tail_begin) {
+      if (loader.needs_s()) {
         wait_for_s();
         __syncthreads();
       }
-      if (work.member < 0)
-        loader.template issue<true>();
+      if (work->member < 0)
+        loader.template issue<true>(to);
       else
-        loader.template issue<false>();
+        loader.template issue<false>(to);
+      to = to + 1 == kStages ? 0 : to + 1;
     }
   }
 
@@ -95,8 +97,16 @@ struct Matmul {
     __syncthreads();
   }
 
+  template <bool kShrink>
+  LORA_FUSED_DEVICE void refill() {
+    loader.template issue<kShrink>(slot == 0 ? kStages - 1 : slot - 1);
+  }
+
   LORA_FUSED_DEVICE std::uint32_t stage() const { return shared + slot * Tile::kStageBytes; }
   LORA_FUSED_DEVICE void advance() { slot = slot + 1 == kStages ? 0 : slot + 1; }
+
+  // How many blocks are still to be multiplied before block `end` of the tile.
+  LORA_FUSED_DEVICE int left(int end) const { return end - (loader.block - (kStages - 1)); }
 
   // ---- main tiles ---------------------------------------------------------------------------------------
 
@@ -124,37 +134,39 @@ struct Matmul {
         Numeric<T>::mma(c[i][j], f.a[i], f.b[j / 2][j % 2 * 2], f.b[j / 2][j % 2 * 2 + 1]);
   }
 
-  // c += x wᵀ. The fragments of a step are read while the step before is multiplied.
-  LORA_FUSED_DEVICE void main_loop(float (&c)[kFragsM][kFragsN][4]) {
+  // c += x wᵀ, until block `end`. The fragments of a step are read while the step before is multiplied.
+  LORA_FUSED_DEVICE void main_loop(float (&c)[kFragsM][kFragsN][4], int end) {
     Fragments f[2];
     next_stage_ready();
     load(f[0], 0);
+    bool more = true;
 #pragma unroll 1
-    for (int left = loader.main_blocks; left > 0; --left) {
+    while (more) {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         if (step + 1 < kSteps) {
           load(f[(step + 1) % 2], step + 1);
         } else {
           advance();
-          if (left > 1) {
+          more = left(end) > 0;
+          if (more) {
             next_stage_ready();
             load(f[0], 0);
           }
         }
-        if (step == 0) loader.template issue<false>();
+        if (step == 0) refill<false>();
         multiply(c, f[step % 2]);
       }
     }
   }
 
   // c += s expandᵀ: only the steps that the rank has.
-  LORA_FUSED_DEVICE void rank_loop(float (&c)[kFragsM][kFragsN][4], int rank) {
+  LORA_FUSED_DEVICE void rank_loop(float (&c)[kFragsM][kFragsN][4]) {
     Fragments f;
 #pragma unroll 1
-    for (; rank > 0; rank -= Tile::BLOCK_K) {
+    for (int rank = loader.work->rank; rank > 0; rank -= Tile::BLOCK_K) {
       next_stage_ready();
-      loader.template issue<false>();
+      refill<false>();
       const int steps = min(kSteps, blocks_of(rank, Tile::kStepK));
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
@@ -171,38 +183,36 @@ struct Matmul {
   }
 
   LORA_FUSED_DEVICE void mask_output(float (&c)[kFragsM][kFragsN][4], const Work& work) const {
-    const Member& member = args.member[work.member];
     const int thread = ptx::opaque(threadIdx.x), w = thread / 32;
-    mask_accumulators(c, mask_of(member, member.N), work.row0 + warp_row(w), work.col0 + warp_col(w),
-                      thread % 32);
+    mask_accumulators(c, mask_of(args.member[work.member], work.cols), work.row0 + warp_row(w),
+                      work.col0 + warp_col(w), thread % 32);
   }
 
-  LORA_FUSED_DEVICE Work main_tile(const Work work, const std::uint32_t* next_ticket) {
-    const Member& member = args.member[work.member];
+  LORA_FUSED_DEVICE void main_tile(const Work& work, const Work& next) {
     float c[kFragsM][kFragsN][4] = {};
-    const bool rank_first = loader.masks_output();
 #pragma unroll 1
     for (int phase = 0; phase < 2; ++phase) {
+      const bool rank_first = work.tail_begin == 0;
       if ((phase == 0) != rank_first) {
-        main_loop(c);
+        main_loop(c, work.main_blocks + (rank_first ? work.tail_blocks : 0));
         continue;
       }
-      rank_loop(c, member.rank);
+      rank_loop(c);
       if (rank_first) mask_output(c, work);
     }
-    const Work next = work_of<Tile>(args, *next_ticket);
-    begin(next);
+    begin(&next);
     const int thread = ptx::opaque(threadIdx.x), w = thread / 32;
-    const Store<T> store = {member.y, member.bias, args.M, member.N,
-                            Tile::kByElements || member.y_by_elements};
+    const Member& member = args.member[work.member];
+    const Store<T, Tile::kByElements> store = {member.y, member.bias, args.M, work.cols,
+                                               member.y_by_elements != 0};
     store_tile(store, c, work.row0 + warp_row(w), work.col0 + warp_col(w), thread % 32);
-    return next;
   }
 
   // ---- S tiles ------------------------------------------------------------------------------------------
 
-  LORA_FUSED_DEVICE Work shrink_tile(const Work work, const std::uint32_t* next_ticket) {
+  LORA_FUSED_DEVICE void shrink_tile(const Work& work, const Work& next) {
     constexpr int kShrinkFragsM = Tile::kShrinkFragsM, kShrinkPairsN = Tile::kShrinkPairsN;
+    const int thread = ptx::opaque(threadIdx.x), warp = thread / 32, lane = thread % 32;
     const int row = warp % Tile::kShrinkWarpsM * kShrinkFragsM * 16, pair0 = warp / Tile::kShrinkWarpsM;
     const bool masked = args.threshold > 0 && !args.mask_output;
     Mask mask = {};
@@ -211,7 +221,7 @@ struct Matmul {
 #pragma unroll 1
     for (int k0 = 0; k0 < args.D; k0 += Tile::BLOCK_K) {
       next_stage_ready();
-      loader.template issue<true>();
+      refill<true>();
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         std::uint32_t a[kShrinkFragsM][4], b[4];
@@ -242,20 +252,25 @@ struct Matmul {
                                                   Tile::kShrinkWarpsN * 16, lane);
     __syncthreads();
     if (threadIdx.x == 0) ptx::red_add_release(args.workspace + kFlags + work.tile_m, 1);
-    const Work next = work_of<Tile>(args, *next_ticket);
-    begin(next);
-    return next;
+    begin(&next);
   }
 
+  // NOTE: three slots: this tile's work is read until it is stored, while a faster thread 0, one tile ahead,
+  // takes the ticket after the next.
   LORA_FUSED_DEVICE void run() {
-    __shared__ std::uint32_t tickets[2];
-    take_ticket(&tickets[0]);
+    __shared__ Work works[3];
+    take_ticket(works[0]);
     __syncthreads();
-    Work work = work_of<Tile>(args, tickets[0]);
-    begin(work);
-    for (int parity = 1; work.member != Work::kNone; parity ^= 1) {
-      take_ticket(&tickets[parity]);
-      work = work.member < 0 ? shrink_tile(work, &tickets[parity]) : main_tile(work, &tickets[parity]);
+    begin(&works[0]);
+    int now = 0;
+    while (works[now].member != Work::kNone) {
+      const int next = now == 2 ? 0 : now + 1;
+      take_ticket(works[next]);
+      if (works[now].member < 0)
+        shrink_tile(works[now], works[next]);
+      else
+        main_tile(works[now], works[next]);
+      now = next;
     }
     ptx::cp_async_wait_all();
     leave();

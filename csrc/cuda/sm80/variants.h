@@ -22,8 +22,8 @@
   X(MATH, T, 64, 128, 32, 2, 2, 2, 2, any)
 
 #define LORA_FUSED_SM80_VARIANTS_32BIT(X, MATH, T) \
-  X(MATH, T, 128, 128, 16, 2, 2, 3, 2, k_major)    \
-  X(MATH, T, 128, 128, 16, 2, 2, 3, 2, mn_major)   \
+  X(MATH, T, 128, 128, 16, 2, 4, 4, 1, k_major)    \
+  X(MATH, T, 128, 128, 16, 2, 4, 4, 1, mn_major)   \
   X(MATH, T, 32, 64, 32, 2, 2, 4, 3, k_major)      \
   X(MATH, T, 32, 64, 32, 2, 2, 4, 3, mn_major)     \
   X(MATH, T, 64, 128, 16, 2, 2, 2, 2, any)
