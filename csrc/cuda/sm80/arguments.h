@@ -9,7 +9,7 @@
 // so that dx is the same problem with other strides: nothing is copied or transposed.
 #pragma once
 
-#include "problem.h"
+#include "../../problem.h"
 
 namespace lora_fused::sm80 {
 

@@ -4,7 +4,7 @@
 
 #include "../../dropout.h"
 #include "../../problem.h"
-#include "ptx.cuh"
+#include "../ptx.cuh"
 
 namespace lora_fused::sm80 {
 

@@ -6,7 +6,7 @@
 //   mn_major   [BLOCK_K, rows]   row = k                  chunk ^ (k % 8), for fp32 chunk ^ (2 (k % 4))
 #pragma once
 
-#include "numeric.cuh"
+#include "../numeric.cuh"
 
 namespace lora_fused::sm80 {
 
