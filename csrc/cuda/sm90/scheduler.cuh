@@ -69,7 +69,9 @@ LORA_FUSED_DEVICE void leave(const Sm90MatmulArgs& args) {
   __syncwarp();  // what lane 0 acquired is known to all lanes
   if (before != gridDim.x - 1) return;
   const int flags = args.row_tiles * ptx::cluster_size();
-  for (int i = lane; i < flags; i += 32) args.workspace[cuda::kSm90Words + i] = 0;
+  for (int i = lane; i < flags; i += 32) {
+    ptx::st_relaxed(args.workspace + cuda::kSm90Words + i, 0);
+  }
 }
 
 }  // namespace lora_fused::sm90
