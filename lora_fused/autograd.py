@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_fused.backends import BACKENDS
 from lora_fused.backends.torch_ops import flatten
-from lora_fused.config import Call
+from lora_fused.config import FUSED_STRATEGIES, Call, Route
 from lora_fused.reference import Gradients
 
 
@@ -112,11 +112,15 @@ def lora_forward(
         with torch.autocast(route.problem.device_type, enabled=False):
             return lora_forward(call, x, weight, lora_A, lora_B, bias)
     if route.cast:
-        weight = weight.to(x.dtype)
-        lora_A, lora_B, bias = (
-            None if t is None else t.to(x.dtype) for t in (lora_A, lora_B, bias)
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        lora_A, lora_B = _cast_adapters(route, lora_A, lora_B, x.dtype)
+    config = route.config
+    ops, s = BACKENDS[config.backend], None
+    if config.forward in FUSED_STRATEGIES:
+        y, s = ops.shrink_matmul(
+            route, "forward", x, weight, lora_A, lora_B, call.scale, bias, call.mask
         )
-    ops, s = BACKENDS[route.config.backend], None
+        return y, s
     if route.problem.R > 0:
         s = ops.shrink(route, kept(x, call.keep), lora_A, call.scale, call.mask)
     y = ops.matmul(route, "forward", x, weight, s, lora_B, bias, packed=call.packed)
@@ -129,24 +133,76 @@ def lora_backward(call: Call, dy: Tensor, saved: Saved) -> Gradients:
     if torch._C._is_any_autocast_enabled():
         with torch.autocast(route.problem.device_type, enabled=False):
             return lora_backward(call, dy, saved)
-    needs, x, ops = route.needs, saved.x, BACKENDS[route.config.backend]
-    weight_dtype, a_dtype, _, bias_dtype = route.param_dtypes
+    needs, x = route.needs, saved.x
     if route.cast:
-        saved = Saved(x, saved.s, *(None if t is None else t.to(dy.dtype) for t in saved[2:]))
-    dx = dweight = da = dbias = None
-    ds, db = shrink_gradients(call, dy, saved.s, saved.lora_B)
-    if "x" in needs:
+        weight = None if saved.weight is None else saved.weight.to(dy.dtype)
+        adapters = _cast_adapters(route, saved.lora_A, saved.lora_B, dy.dtype)
+        saved = Saved(x, saved.s, weight, *adapters)
+    dx = ds = dweight = dbias = None
+    if route.config.dx in FUSED_STRATEGIES and "x" in needs:
+        dx, ds = BACKENDS[route.config.backend].shrink_matmul(
+            route, "dx", dy, saved.weight, saved.lora_B, saved.lora_A, call.scale, None, call.mask
+        )
+    ds, da, db = _adapter_gradients(call, dy, ds, saved)
+    if "x" in needs and dx is None:
         dx = input_gradient(call, dy, ds, saved)
+    if "weight" in needs and x is not None:
+        dweight = weight_gradient(dy, x, route.param_dtypes[0])
+    if "bias" in needs:
+        dbias = flatten(dy).sum(0, dtype=route.param_dtypes[3])
+    return Gradients(dx, dweight, da, db, dbias)
+
+
+def _cast_adapters(
+    route: Route, lora_A: Tensor | None, lora_B: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The adapters in the compute dtype, unless the kernels take them as they are."""
+    if route.wide_adapters:
+        return lora_A, lora_B
+    return (
+        None if lora_A is None else lora_A.to(dtype),
+        None if lora_B is None else lora_B.to(dtype),
+    )
+
+
+def _adapter_gradients(
+    call: Call, dy: Tensor, ds: Tensor | None, saved: Saved
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """ds [M, R] (given, or computed if a requested gradient reads it), da [R, K] and db [N, R]."""
+    route, needs, x = call.route, call.route.needs, saved.x
+    ops = BACKENDS[route.config.backend]
+    _, a_dtype, b_dtype, _ = route.param_dtypes
+    if route.config.reduce_tiles is not None:
+        if ds is None and ("x" in needs or "lora_A" in needs):
+            ds, _ = ops.shrink_reduce(route, dy, saved.lora_B, call.scale, None, True, None)
+        return ds, *_reduce_pair(call, ds, dy, saved)
+    da = db = None
+    if ds is None:
+        ds, db = shrink_gradients(call, dy, saved.s, saved.lora_B)
+    elif "lora_B" in needs:
+        _, db = ops.shrink_reduce(route, dy, None, call.scale, saved.s, False, b_dtype)
     if "lora_A" in needs:
         if ds is None:
             da = dy.new_zeros(0, route.problem.K, dtype=a_dtype)
         elif x is not None:
             da = ops.reduce(route, ds, kept(x, call.keep), call.mask, a_dtype)
-    if "weight" in needs and x is not None:
-        dweight = weight_gradient(dy, x, weight_dtype)
-    if "bias" in needs:
-        dbias = flatten(dy).sum(0, dtype=bias_dtype)
-    return Gradients(dx, dweight, da, db, dbias)
+    return ds, da, db
+
+
+def _reduce_pair(
+    call: Call, ds: Tensor | None, dy: Tensor, saved: Saved
+) -> tuple[Tensor | None, Tensor | None]:
+    """da [R, K] and db [N, R] by one launch, each if the route needs it."""
+    route, x = call.route, saved.x
+    a_dtype = route.param_dtypes[1] if "lora_A" in route.needs else None
+    b_dtype = route.param_dtypes[2] if "lora_B" in route.needs else None
+    if a_dtype is None and b_dtype is None:
+        return None, None
+    if x is not None:
+        x = kept(x, call.keep)
+    ops = BACKENDS[route.config.backend]
+    da, db = ops.reduce_pair(route, ds, x, call.mask, a_dtype, dy, saved.s, b_dtype)
+    return da, db
 
 
 def kept(x: Tensor, keep: Tensor | None) -> Tensor:

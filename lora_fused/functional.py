@@ -42,7 +42,7 @@ def lora_linear(
         training: no dropout if False.
         seed: of the dropout mask, 64 bits. None draws one from torch's generator of x's device, so
             that torch.manual_seed and activation checkpointing reproduce the mask.
-        backend: "auto", "cpu" (native kernels) or "torch".
+        backend: "auto", "torch", "cpu" (native kernels), "triton" or "cuda".
 
     Returns:
         y [..., N] in the compute dtype: autocast's if it is on, else that of x.
@@ -93,7 +93,9 @@ def call_layer(
     if type(scale) is not float:
         checks.check_scaling(scaling)
     dropout = mask is not None or keep is not None
-    route = route_for(x, weight, lora_A, lora_B, bias, dropout, backend, packed)
+    route = route_for(
+        x, weight, lora_A, lora_B, bias, dropout, backend, packed, given_mask=keep is not None
+    )
     if x.dtype != route.compute:
         x = x.to(route.compute)
     call = Call(route, scale, mask, packed, keep)

@@ -71,6 +71,8 @@ class GlobalTracker(Granules):
     # ---- accesses --------------------------------------------------------------------------
 
     def load(self, lanes, at, size: int, strong: int = WEAK, engine: bool = False) -> None:
+        if self.machine.dependent_launch.ranges:
+            self.machine.dependent_launch.check(lanes, at)
         cells = self.granules(at, size)
         self._after_write(lanes, cells, strong, "load", None, engine)
         uid = self.machine.thread_ids(lanes)
@@ -95,6 +97,8 @@ class GlobalTracker(Granules):
         strong: int = WEAK,
         engine: bool = False,
     ) -> None:
+        if self.machine.dependent_launch.ranges:
+            self.machine.dependent_launch.check(lanes, at)
         cells = self.granules(at, size)
         self._after_write(lanes, cells, strong, "store", same, engine)
         for slot in (0, 1):

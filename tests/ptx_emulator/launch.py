@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import (  # noqa: F401  (every module registers its opcodes)
+    dependent_launch,
     ops_async,
     ops_atomic,
     ops_bits,
@@ -23,6 +24,7 @@ from . import (  # noqa: F401  (every module registers its opcodes)
     ops_tensor_copy,
     ops_warp,
     ops_wgmma,
+    register_pool,
 )
 from .instruction import Kernel
 from .machine import Machine
@@ -156,7 +158,9 @@ def prepare(
     return _prepare(ptx, kernel, grid, block, args, cluster, shared, 1, TOGETHER, False)[0]
 
 
-def _prepare(ptx, kernel, grid, block, args, cluster, shared, resident, schedule, counters):
+def _prepare(
+    ptx, kernel, grid, block, args, cluster, shared, resident, schedule, counters, registers=None
+):
     module = parse(ptx) if isinstance(ptx, str) else ptx
     parsed = module.kernel(kernel) if isinstance(kernel, str) else kernel
     if len(args) > len(parsed.params):
@@ -167,7 +171,7 @@ def _prepare(ptx, kernel, grid, block, args, cluster, shared, resident, schedule
     )
     layout = Layout(grid, block, cluster, resident)
     _check_directives(parsed, layout)
-    machine = Machine(module, parsed, layout, variables, schedule, counters)
+    machine = Machine(module, parsed, layout, variables, schedule, counters, registers)
     for i, array in enumerate(buffers.arrays):
         _fill(
             machine.memory,
@@ -199,15 +203,21 @@ def run(
     resident: int = MAX_RESIDENT,
     schedule: Schedule = TOGETHER,
     counters: bool = False,
+    registers: int | None = None,
+    after: Sequence[np.ndarray] = (),
 ) -> Report:
     """Execute a kernel and return what was found; output arrays are updated in place.
 
     `args`: numpy arrays (passed as pointers), `Uninitialised(array)`, numbers, `Struct`s,
     `TensorMap`s or raw bytes.  `shared` is the dynamic shared memory in bytes, `resident` how many
-    blocks the device holds at a time."""
+    blocks the device holds at a time, `registers` what ptxas gives each thread (for setmaxnreg),
+    `after` the buffers that a kernel which may still be running works on (dependent launch)."""
     machine, buffers = _prepare(
-        ptx, kernel, grid, block, args, cluster, shared, resident, schedule, counters
+        ptx, kernel, grid, block, args, cluster, shared, resident, schedule, counters, registers
     )
+    for array in after:
+        start = machine.memory.starts[buffers.index(array)]
+        machine.dependent_launch.ranges.append((start, start + array.nbytes))
     machine.build()
     report = machine.run()
     for i, array in enumerate(buffers.arrays):

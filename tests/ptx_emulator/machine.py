@@ -16,6 +16,7 @@ from .barriers import BlockBarriers, ClusterBarriers
 from .clocks import Clocks
 from .code import Code
 from .deadlock import report_deadlock
+from .dependent_launch import DependentLaunch
 from .global_races import GlobalTracker
 from .instruction import Instruction, Kernel
 from .mbarriers import TransactionBarriers
@@ -23,12 +24,14 @@ from .memory import GlobalSpace, SharedSpace, Space
 from .placement import Layout, Variables, access_granule
 from .program import Program
 from .races import SharedTracker
+from .register_pool import RegisterPool
 from .registers import Group, RegisterFile
 from .report import EmulationStopped, Finding, Report, UnknownInstruction
 from .schedule import Picker, Schedule
 from .special import SpecialRegisters
 from .states import ARRIVED, BLOCKED, EXITED, READY
 from .syntax import Module
+from .tensor_map_proxy import TensorMapProxy
 from .tensor_memory import TensorMemory
 from .traffic import Traffic
 from .warpgroups import WarpgroupQueues
@@ -47,6 +50,7 @@ class Machine:
         variables: Variables,
         schedule: Schedule,
         count: bool,
+        registers: int | None = None,
     ) -> None:
         self.module, self.kernel, self.layout, self.schedule = module, kernel, layout, schedule
         self.report = Report(kernel.name)
@@ -89,6 +93,9 @@ class Machine:
         self.mbarriers = TransactionBarriers(self)
         self.async_work = AsyncWork(self)
         self.tensor_memory = TensorMemory(self)
+        self.tensor_map_proxy = TensorMapProxy(self)
+        self.register_pool = RegisterPool(self, registers)
+        self.dependent_launch = DependentLaunch(self)
         self.warpgroups = WarpgroupQueues(self)
         self.flying: set[str] = set()
         self.queue = deque(range(layout.clusters))
@@ -396,6 +403,8 @@ class Machine:
         self.yielded[lanes] = False
         self.races.restart(lanes)
         self.registers.restart(lanes)
+        self.register_pool.restart(lanes)
+        self.dependent_launch.restart(lanes)
         self.cluster_barriers.start(team)
         for rank in range(self.layout.cluster_size):
             slot = team * self.layout.cluster_size + rank

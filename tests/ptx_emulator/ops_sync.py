@@ -12,6 +12,7 @@ from .instruction import Imm, Instruction
 from .registers import Group
 from .report import UnknownInstruction
 from .states import EXITED
+from .tensor_map_proxy import acquire_map
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -202,22 +203,17 @@ def _proxy_fence(machine: Machine, ins: Instruction, mods: Modifiers) -> Operati
         mods.need(*SCOPES)
         mods.done()
         operand_count(ins, 2 if action == "acquire" else 0)
-        return lambda group: None
+        return acquire_map(machine, ins) if action == "acquire" else lambda group: None
     mods.done()
     if kind != "async":
         raise UnknownInstruction(ins)
     return lambda group: machine.fence_proxy(group.lanes, spaces)
 
 
-@opcode("griddepcontrol", "nanosleep")
-def no_effect(machine: Machine, ins: Instruction) -> Operation:
-    """Dependent launches are satisfied here; sleeping lets others run."""
+@opcode("nanosleep")
+def nanosleep(machine: Machine, ins: Instruction) -> Operation:
+    """Sleeping lets others run."""
     mods = Modifiers(ins)
-    if ins.opcode == "griddepcontrol":
-        mods.need("wait", "launch_dependents")
-        mods.done()
-        operand_count(ins, 0)
-        return lambda group: None
     mods.need("u32")
     mods.done()
     operand_count(ins, 1)

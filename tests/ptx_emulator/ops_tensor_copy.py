@@ -87,6 +87,9 @@ class TensorOperand:
 
     def each(self, group: Group):
         space, at = self.where(group)
+        if space is self.machine.memory:
+            for lane, offset in zip(group.lanes.tolist(), at.tolist(), strict=True):
+                self.machine.tensor_map_proxy.check(lane, offset)
         maps = [self._read(space, offset) for offset in at.tolist()]
         return zip(maps, self.coordinates(group).tolist(), strict=True)
 
@@ -250,6 +253,8 @@ def tensormap(machine: Machine, ins: Instruction) -> Operation:
             part = slice(offset, offset + 128)
             raw = tensor_map.replace_field(target.data[part].tobytes(), field, number, ordinal)
             target.data[part] = np.frombuffer(raw, np.uint8)
+            if target is machine.memory:
+                machine.tensor_map_proxy.edited(offset)
 
     return run
 
@@ -272,6 +277,7 @@ def _copy_map(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:
         for at, origin in pairs.T.tolist():
             steps = np.arange(0, 128, 8)
             machine.memory.store(at + steps, machine.shared.load(origin + steps, 8, 8))
+            machine.tensor_map_proxy.edited(at)
         machine.progress += 1
 
     return run

@@ -196,18 +196,3 @@ def _uniform(machine: Machine, values: np.ndarray, group: Group, count: int) -> 
     if (values != values[:, :1]).any():
         machine.stop("divergence", "scale-d differs within a warpgroup", None)
     return values[:, 0]
-
-
-@opcode("setmaxnreg")
-def set_register_count(machine: Machine, ins: Instruction) -> Operation:
-    """Counts are multiples of 8 in 24..256; only the register allocation changes."""
-    mods = Modifiers(ins)
-    mods.need("inc", "dec")
-    mods.need("sync")
-    mods.need("aligned")
-    mods.need("u32")
-    mods.done()
-    count = constant(ins, 0)
-    if count % 8 or not 24 <= count <= 256:
-        raise UnknownInstruction(ins, f"{count} registers")
-    return lambda group: None

@@ -14,7 +14,7 @@ from .instruction import Instruction, Kernel, Memory, Reg, Vector
 
 EXIT_OPCODES = frozenset({"ret", "exit", "trap"})
 # The warp's live lanes must be together: `.aligned` and matrix instructions.
-WARP_OPCODES = frozenset({"mma", "ldmatrix", "stmatrix", "movmatrix", "setmaxnreg"})
+WARP_OPCODES = frozenset({"mma", "ldmatrix", "stmatrix", "movmatrix"})
 # Lanes named by a member mask must be together.
 MASKED_OPCODES = frozenset({"shfl", "vote", "match", "redux", "elect"})
 
@@ -43,9 +43,9 @@ def gate_of(ins: Instruction) -> str:
         if mods[0] == "alloc":
             return "self"
         return "warp" if "aligned" in mods else ""
-    if op == "bar" or op in MASKED_OPCODES or (op == "barrier" and mods[0] != "cluster"):
+    if op in ("bar", "barrier", "setmaxnreg") or op in MASKED_OPCODES:
         return "self"
-    if op == "barrier" or (op == "mbarrier" and mods[0] == "try_wait"):
+    if op == "mbarrier" and mods[0] == "try_wait":
         return "self"
     return ""
 

@@ -268,6 +268,7 @@ EQUIVALENT = [
     # registers of these wgmmas were fenced before
     Fault("lora90-second-mma-fence", LORA_90, r"wgmma\.fence[^;]*;", 1, "", "", ""),
     Fault("hopper-second-mma-fence", HOPPER, r"wgmma\.fence[^;]*;", 1, "", "", ""),
+    Fault("hopper-third-mma-fence", HOPPER, r"wgmma\.fence[^;]*;", 2, "", "", ""),
     # the warpgroup's own wgmma.wait_group precedes it: all four warps are done reading
     Fault("hopper-epilogue-barrier", HOPPER, BARRIER, 0, "", "", ""),
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -69,18 +68,6 @@ def test_blocks_that_wait_for_each_other_must_be_resident() -> None:
     assert case.run().report.kinds() == {"deadlock"}
     enough = Case("blocks", {"tiles": 6}, 0.0, {"kernel": "relay", "resident": 4})
     assert enough.run().report.ok
-
-
-@pytest.mark.parametrize(("size", "limit"), [(256, 1.0), (512, 4.0)])
-def test_speed(size: int, limit: float) -> None:
-    """One core, counters off; the best of two runs, as other work may share the machine."""
-    case = Case("tile_gemm", {"M": size, "N": size, "K": size})
-    seconds = []
-    for _ in range(2):
-        start = time.process_time()
-        case.run().report.check()
-        seconds.append(time.process_time() - start)
-    assert min(seconds) <= limit, f"{min(seconds):.2f} s for {size}³"
 
 
 def test_fixtures_name_their_sources() -> None:

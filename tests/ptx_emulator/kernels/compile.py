@@ -46,7 +46,7 @@ def compile_cuda(out: Path, nvcc: str) -> None:
         target_file.write_text(stripped(target_file.read_text()))
 
 
-def _triton_kernels():
+def triton_kernels():
     """(file name, kernel, argument types, constants, capability, warps, stages)."""
     from . import triton_kernels as k
 
@@ -105,7 +105,7 @@ def compile_triton(out: Path) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    for name, fn, types, constants, capability, warps, stages in _triton_kernels():
+    for name, fn, types, constants, capability, warps, stages in triton_kernels():
         kind = name.split("_")[1]
         signature = {n: types.get(n, "constexpr").replace("*T", f"*{kind}") for n in fn.arg_names}
         aligned = [n for n in fn.arg_names if signature[n].startswith("*") or n in ("K", "N")]
