@@ -211,11 +211,14 @@ def kept(x: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def input_gradient(call: Call, dy: Tensor, ds: Tensor | None, saved: Saved) -> Tensor:
-    """dx = dy W + mask ⊙ (ds A)."""
+    """dx = dy W + mask ⊙ (ds A). On a GPU the GEMM comes last, see torch_ops."""
     route, weight, lora_A = call.route, saved.weight, saved.lora_A
     matmul = BACKENDS[route.config.backend].matmul
     if call.keep is None or ds is None or lora_A is None:
         return matmul(route, "dx", dy, weight, ds, lora_A, mask=call.mask, packed=call.packed)
+    if route.problem.device is not None:
+        through_adapter = torch.mm(ds, lora_A).mul_(call.keep).view(route.x_shape)
+        return matmul(route, "dx", dy, weight, None, None, out=through_adapter)
     dx: Tensor = matmul(route, "dx", dy, weight, None, None, packed=call.packed)
     flatten(dx).add_(torch.mm(ds, lora_A).mul_(call.keep))
     return dx

@@ -7,10 +7,9 @@ choice once; both are read at the first use of a kind of call and remembered wit
 from __future__ import annotations
 
 import functools
-import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,25 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fused import backends, checks
+from lora_fused import backends, checks, gpu_choice
 from lora_fused.backends import BACKENDS
 from lora_fused.backends import cpu as cpu_backend
 from lora_fused.backends.cpu import PackedWeight
 from lora_fused.backends.cpu_rule import choose_cpu
 from lora_fused.config import (
     FUSED_STRATEGIES,
-    GRADIENT_NAMES,
     Config,
     Problem,
     Route,
-    group_columns,
 )
-from lora_fused.devices import device_of
+from lora_fused.devices import DEVICES
+from lora_fused.request import are_aligned, facts, problem_of
 
 _MAX_ROUTES = 4096
 _routes: dict[Any, Route] = {}
-_group_routes: dict[tuple[int, ...], tuple[list[Route], Route | None]] = {}
 _forced: list[Config] = []
+_also_forget: list[Callable[[], None]] = []
 
 
 def route_for(
@@ -58,9 +56,9 @@ def route_for(
     dtype already, and the weight may have another. given_mask: the caller drew the dropout mask.
     Raises what checks.check_call raises.
     """
-    aligned = not x.is_cuda or _are_aligned(x, weight, lora_A, lora_B)
+    aligned = not x.is_cuda or are_aligned(x, weight, lora_A, lora_B)
     key = (
-        _facts(x), _facts(weight), weight.stride(), _facts(lora_A), _facts(lora_B), _facts(bias),
+        facts(x), facts(weight), weight.stride(), facts(lora_A), facts(lora_B), facts(bias),
         dropout, backend, None if packed is None else packed.dtype, needs, cast_weight,
         given_mask, aligned,
         torch.is_grad_enabled(), torch.get_num_threads(),
@@ -72,67 +70,15 @@ def route_for(
         if len(_routes) >= _MAX_ROUTES:
             _routes.clear()
         params = (weight, lora_A, lora_B, bias)
-        problem = _problem(x, params, dropout, packed, needs, cast_weight, given_mask, aligned)
-        route = _routes[key] = _route(problem, x, params, choose(problem, backend))
+        problem = problem_of(x, params, dropout, packed, needs, cast_weight, given_mask, aligned)
+        if problem.device is None:
+            config, final = choose(problem, backend), True
+        else:
+            config, final = choose_on_gpu(problem, backend, x, params)
+        route = _route(problem, x, params, config)
+        if final:
+            _routes[key] = route
     return route
-
-
-def _facts(t: Tensor | None) -> Any:
-    """What checks and choices depend on; computed at every call, so only cheap attributes."""
-    if t is None:
-        return None
-    return t.shape, t.dtype, t.device, t.layout, t.requires_grad, t.is_neg(), type(t)
-
-
-def _are_aligned(*tensors: Tensor | None) -> bool:
-    """Whether every row begins at a multiple of 16 bytes, as wide loads and TMA want it."""
-    for t in tensors:
-        if t is not None and t.numel() > 0:
-            strides = [stride for stride in t.stride() if stride != 1]
-            if any((stride * t.element_size()) % 16 for stride in strides) or t.data_ptr() % 16:
-                return False
-    return True
-
-
-def _problem(
-    x: Tensor,
-    params: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
-    dropout: bool,
-    packed: PackedWeight | None,
-    needs: frozenset[str] | None,
-    cast_weight: bool,
-    given_mask: bool,
-    aligned: bool,
-) -> Problem:
-    """Check the call and say what it asks for."""
-    weight, lora_A, _, bias = params
-    compute = x.dtype if cast_weight else checks.compute_dtype(x)
-    checks.check_call(x, *params, compute, cast_weight or checks.autocast_is_on(x))
-    if needs is None:
-        tensors = zip(GRADIENT_NAMES, (x, *params), strict=True)
-        wanting = (name for name, t in tensors if t is not None and t.requires_grad)
-        needs = frozenset(wanting if torch.is_grad_enabled() else ())
-    (N, K), stride = weight.shape, weight.stride()
-    return Problem(
-        M=math.prod(x.shape[:-1]),
-        K=K,
-        N=N,
-        R=0 if lora_A is None else lora_A.shape[0],
-        dtype=compute,
-        device_type=x.device.type,
-        adapter_dtype=None if lora_A is None else lora_A.dtype,
-        has_bias=bias is not None,
-        dropout=dropout,
-        needs=needs,
-        prepacked=packed is not None and packed.dtype == compute,
-        weight_layout="row" if stride[1] == 1 else "column" if stride[0] == 1 else "strided",
-        plain=all(t is None or _is_plain(t) for t in (x, *params)),
-        threads=torch.get_num_threads(),
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        device=device_of(x.device) if x.is_cuda else None,
-        aligned=aligned,
-        given_mask=given_mask,
-    )
 
 
 def _route(
@@ -156,55 +102,46 @@ def _route(
 
 
 def _takes_wide_adapters(problem: Problem, config: Config) -> bool:
-    if {config.forward, config.dx} <= FUSED_STRATEGIES | {"split"}:
+    used = {config.forward, config.dx} if "x" in problem.needs else {config.forward}
+    if used <= FUSED_STRATEGIES | {"split"}:
         takes = getattr(BACKENDS[config.backend], "takes_wide_adapters", None)
         return takes is not None and bool(takes(problem))
     return False
 
 
-def group_route_for(routes: list[Route], backend: str) -> Route | None:
-    """How to run the members with these routes in one go; None where no backend can."""
-    key = tuple(id(route) for route in routes)
-    known = _group_routes.get(key)
-    if known is None or any(a is not b for a, b in zip(known[0], routes, strict=True)):
-        if len(_group_routes) >= _MAX_ROUTES:
-            _group_routes.clear()
-        known = _group_routes[key] = routes, _find_group_route(routes, backend)
-    return known[1]
+def choose_on_gpu(
+    problem: Problem,
+    backend: str,
+    x: Tensor,
+    params: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None = None,
+) -> tuple[Config, bool]:
+    """The Config for tensors on a GPU, and whether it is the last word on such calls.
+
+    Without params nothing is timed.
+    """
+    from lora_fused import gpu_tuning
+
+    asked = resolve_backend(backend)
+    names = gpu_backends_for(problem, asked)
+    if _forced or not names or not gpu_choice.parts_of(problem):
+        return choose(problem, backend), True
+    tensors = None
+    if params is not None and params[1] is not None and params[2] is not None:
+        tensors = gpu_tuning.Tensors(x, params[0], params[1], params[2], params[3])
+    config, provisional = gpu_tuning.choose(problem, names, x.device, tensors)
+    config = replace(config, notes=_notes(config.backend, reasons_against(problem, asked)))
+    _announce(problem, config)
+    return config, not provisional
 
 
-def _find_group_route(routes: list[Route], backend: str) -> Route | None:
-    first, problems = routes[0], [route.problem for route in routes]
-    layouts = {problem.weight_layout for problem in problems}
-    needs = frozenset[str]().union(*(problem.needs for problem in problems))
-    problem = replace(
-        first.problem,
-        N=sum(problem.N for problem in problems),
-        R=group_columns([problem.R for problem in problems])[1],
-        has_bias=any(problem.has_bias for problem in problems),
-        dropout=any(problem.dropout for problem in problems),
-        needs=needs,
-        weight_layout=layouts.pop() if len(layouts) == 1 else "strided",
-        plain=all(problem.plain for problem in problems),
-        aligned=all(problem.aligned for problem in problems),
-        group=tuple((problem.N, problem.R) for problem in problems),
+def gpu_backends_for(problem: Problem, asked: str = "auto") -> tuple[str, ...]:
+    """The backends with kernels for the problem, as far as they were asked for."""
+    against = reasons_against(problem, asked)
+    return tuple(
+        name
+        for name in gpu_choice.GPU_BACKENDS
+        if asked in ("auto", name) and name in against and not against[name]
     )
-    config = choose(problem, backend)
-    if not hasattr(BACKENDS[config.backend], "group_forward"):
-        return None
-    return replace(
-        first,
-        problem=problem,
-        config=config,
-        needs=needs,
-        y_shape=(*first.x_shape[:-1], problem.N),
-        wide_adapters=False,
-    )
-
-
-def _is_plain(t: Tensor) -> bool:
-    """An ordinary tensor: data pointer and strides say all there is to know about its values."""
-    return type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg()
 
 
 def choose(problem: Problem, backend: str = "auto") -> Config:
@@ -265,34 +202,54 @@ def _choose(problem: Problem, backend: str) -> Config:
         backends.load(_forced[-1].backend)
         return _forced[-1]
     against = reasons_against(problem, backend)
+    if backend == "auto" and problem.device is not None:
+        config = gpu_choice.configure_by_model(problem, gpu_backends_for(problem))
+        return replace(config, notes=_notes(config.backend, against))
     if backend != "auto" and against[backend]:
         raise ValueError(
             f"backend {backend!r} cannot run {problem}: {'; '.join(against[backend])}."
         )
     chosen = backend if backend != "auto" else next(n for n, why in against.items() if not why)
     config = _configure(chosen, problem, against)
+    _announce(problem, config)
+    return config
+
+
+def _announce(problem: Problem, config: Config) -> None:
     if os.environ.get("LORA_FUSED_VERBOSE") == "1":
         print(f"lora_fused: {problem} -> {config}{_in_words(config.notes)}", file=sys.stderr)
-    return config
 
 
 def _configure(chosen: str, problem: Problem, against: dict[str, list[str]]) -> Config:
     if chosen == "cpu":
         return choose_cpu(problem, cpu_backend.info())
-    notes = tuple(
+    if chosen in gpu_choice.GPU_BACKENDS:
+        model = replace(problem, device=problem.device or DEVICES["H100"])
+        return gpu_choice.configure_by_model(model, (chosen,))
+    return Config(chosen, notes=_notes(chosen, against) or ("it was asked for",))
+
+
+def _notes(chosen: str, against: dict[str, list[str]]) -> tuple[str, ...]:
+    """Why it is not another backend."""
+    return tuple(
         f"{name}: {reason}" for name, why in against.items() if name != chosen for reason in why
     )
-    return Config(chosen, notes=notes or ("it was asked for",))
 
 
 def _in_words(notes: tuple[str, ...]) -> str:
     return f" ({'; '.join(notes)})" if notes else ""
 
 
+def also_forget(forget: Callable[[], None]) -> None:
+    """Register what forget_choices has to drop elsewhere."""
+    _also_forget.append(forget)
+
+
 def forget_choices() -> None:
     """Drop every remembered choice, so that environment variables are read again."""
     _routes.clear()
-    _group_routes.clear()
+    for forget in _also_forget:
+        forget()
     _choose.cache_clear()
     cpu_backend.isa.cache_clear()
     cpu_backend.info.cache_clear()

@@ -9,7 +9,7 @@ from lora_fused import checks
 from lora_fused.autograd import LoRALinearFunction, lora_forward
 from lora_fused.backends.cpu import PackedWeight
 from lora_fused.backends.torch_ops import flatten
-from lora_fused.config import Call, Mask
+from lora_fused.config import Call, Mask, Route
 from lora_fused.dispatch import route_for
 from lora_fused.reference import dropout_threshold, effective_scaling, keep_mask, lora_linear_ref
 
@@ -98,6 +98,8 @@ def call_layer(
     )
     if x.dtype != route.compute:
         x = x.to(route.compute)
+    if mask is not None and seed is None and route.problem.device is not None:
+        mask, keep = drawn_where_cheaper(route, mask)
     call = Call(route, scale, mask, packed, keep)
     if route.needs:
         return LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, call)
@@ -166,6 +168,19 @@ def make_mask(seed: int | Tensor | None, dropout_p: float) -> Mask:
     if isinstance(seed, Tensor) and seed.device.type == "cpu":
         seed = int(seed.item())
     return Mask(seed, dropout_threshold(dropout_p))
+
+
+def drawn_where_cheaper(route: Route, mask: Mask) -> tuple[Mask | None, Tensor | None]:
+    """A mask of bytes instead of one to regenerate, where the kernels of a GPU are not used.
+
+    To regenerate it with torch's operations would take longer than the whole layer. Only for a seed
+    that nobody asked for: the bits are not those of reference.keep_mask.
+    """
+    problem = route.problem
+    if route.config.backend != "torch" or not isinstance(mask.seed, Tensor):
+        return mask, None
+    keep = torch.empty(problem.M, problem.K, dtype=torch.bool, device=mask.seed.device)
+    return None, keep.bernoulli_(1.0 - mask.threshold / 65536)
 
 
 def _plain_formula(

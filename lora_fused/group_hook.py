@@ -14,13 +14,15 @@ has weight [N_i, K], lora_A [R_i, K], lora_B [N_i, R_i] and its own scale, mask 
         dx [..., K] is None unless "x" in route.needs; das and dbs have one entry per member, None
         unless its needs name lora_A or lora_B. x and s are None if no member needs what reads them.
 
-route.problem is the group as one problem (see config.Problem); its config was chosen for that, with
-the operations "forward", "dx", "shrink" and "reduce" of Candidate meaning those of the whole group.
+route.problem is the group as one problem (see config.Problem); its config was chosen for that, and
+the hooks are not called where a direction is "library". The operations "forward", "dx", "shrink"
+and "reduce" of Candidate are those of the whole group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,12 +32,15 @@ from lora_fused import dispatch
 from lora_fused.autograd import refuse_double_backward, weight_gradient
 from lora_fused.backends import BACKENDS
 from lora_fused.backends.torch_ops import flatten
-from lora_fused.config import FUSED_STRATEGIES, Call, Member, Route
+from lora_fused.config import FUSED_STRATEGIES, Call, Member, Problem, Route, group_columns
 
 PARAMS = 4  # of one member: weight, lora_A, lora_B, bias
+_MAX_ROUTES = 1024
+_routes: dict[tuple[int, ...], tuple[list[Route], Route | None]] = {}
+dispatch.also_forget(_routes.clear)
 
 
-def group_route(calls: Sequence[Call], backend: str) -> Route | None:
+def group_route(x: Tensor, calls: Sequence[Call], backend: str) -> Route | None:
     """How to run the whole group at once; None where its members are run one after the other."""
     first = calls[0].route
     if first.problem.device is None and not hasattr(
@@ -44,13 +49,66 @@ def group_route(calls: Sequence[Call], backend: str) -> Route | None:
         return None
     if len(calls) < 2 or any(call.route.problem.R == 0 for call in calls):
         return None
-    return dispatch.group_route_for([call.route for call in calls], backend)
+    routes = [call.route for call in calls]
+    key = tuple(id(route) for route in routes)
+    known = _routes.get(key)
+    if known is not None and all(a is b for a, b in zip(known[0], routes, strict=True)):
+        return known[1]
+    route, final = _find_route(x, routes, backend)
+    if final:
+        if len(_routes) >= _MAX_ROUTES:
+            _routes.clear()
+        _routes[key] = routes, route
+    return route
 
 
-def is_fused(call: Call) -> bool:
-    """Whether the member has a launch of its own that makes s as well, so that no stack can."""
-    config = call.route.config
-    return config.forward in FUSED_STRATEGIES or config.dx in FUSED_STRATEGIES
+def _find_route(x: Tensor, routes: list[Route], backend: str) -> tuple[Route | None, bool]:
+    """The route of the group and whether it is the last word on it."""
+    first, problem = routes[0], _group_problem([route.problem for route in routes])
+    if problem.device is None:
+        config, final = dispatch.choose(problem, backend), True
+    else:
+        config, final = dispatch.choose_on_gpu(problem, backend, x)
+    used = (config.forward, config.dx) if "x" in problem.needs else (config.forward,)
+    if "library" in used or not hasattr(BACKENDS[config.backend], "group_forward"):
+        return None, final
+    route = replace(
+        first,
+        problem=problem,
+        config=config,
+        needs=problem.needs,
+        y_shape=(*first.x_shape[:-1], problem.N),
+        wide_adapters=False,
+    )
+    return route, final
+
+
+def _group_problem(problems: list[Problem]) -> Problem:
+    """The members as one problem."""
+    layouts = {problem.weight_layout for problem in problems}
+    return replace(
+        problems[0],
+        N=sum(problem.N for problem in problems),
+        R=group_columns([problem.R for problem in problems])[1],
+        has_bias=any(problem.has_bias for problem in problems),
+        dropout=any(problem.dropout for problem in problems),
+        needs=frozenset[str]().union(*(problem.needs for problem in problems)),
+        weight_layout=layouts.pop() if len(layouts) == 1 else "strided",
+        plain=all(problem.plain for problem in problems),
+        aligned=all(problem.aligned for problem in problems),
+        group=tuple((problem.N, problem.R) for problem in problems),
+    )
+
+
+def runs_alone(call: Call) -> bool:
+    """Whether no stack of members can take this one.
+
+    It has a launch of its own that makes s as well, or (on a GPU, by torch) a mask of its own.
+    """
+    config, problem = call.route.config, call.route.problem
+    if config.forward in FUSED_STRATEGIES or config.dx in FUSED_STRATEGIES:
+        return True
+    return call.mask is not None and problem.device is not None and config.backend == "torch"
 
 
 class FusedGroupFunction(torch.autograd.Function):

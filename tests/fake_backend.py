@@ -45,9 +45,12 @@ def candidates(problem: Problem, device: Device, operation: str) -> list[Candida
     """One candidate for every strategy, whatever the problem."""
     if operation in ("shrink", "reduce"):
         return [Candidate(operation, Tiles(block_m=64, block_k=64, num_warps=4), 32768, 64)]
-    tiles = Tiles(128, 128, 64, num_warps=8, num_stages=3)
-    names = ["split", "s_first", "one_pass"] + (["decode"] if problem.M <= 16 else [])
-    return [Candidate(name, tiles, 98304, 160) for name in names]
+    tiles = Tiles(128, 256, 64, num_warps=8, num_stages=3, persistent=True, shrink_group=3)
+    names = ["split", "s_first", "one_pass"]
+    found = [Candidate(name, tiles, 147456, 168) for name in names]
+    if problem.M <= 16:
+        found.append(Candidate("decode", Tiles(16, 16, 128, num_warps=8, splits=2), 16384, 108))
+    return found
 
 
 def shrink(route: Route, x: Tensor, a: Tensor, scale: float, mask: Mask | None = None) -> Tensor:
