@@ -44,7 +44,7 @@ WorkspaceSize workspace_of(Math, const DecodeLaunch& p) {
 void launch_decode(Math math, const DecodeLaunch& p, cudaStream_t stream, bool dependent) {
   if (p.M == 0 || p.N == 0) return;
   check_decode(p);
-  const std::size_t shared = decode_kernel::kTokens * static_cast<std::size_t>(p.R) * sizeof(float);
+  const std::size_t shared = decode_kernel::kTokens * sizeof(float) * decode_kernel::s_stride(p.R);
   launch(kKernels[static_cast<int>(math)], dim3(grid_size(tiles_of(p) * p.splits)),
          dim3(decode_kernel::kThreads), 1, shared, stream, p, dependent);
 }

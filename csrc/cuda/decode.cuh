@@ -80,6 +80,9 @@ LORA_FUSED_DEVICE float sum_of_warps(const float* shared, int element) {
   return total;
 }
 
+// Words between the tokens of s in shared memory: odd, so that tokens lie in different banks.
+LORA_FUSED_HOST_DEVICE int s_stride(i64 R) { return static_cast<int>(R) | 1; }
+
 // Where element i of a tile in fragment order lies: token and column.
 LORA_FUSED_DEVICE int token_of(int i) { return (i % 128 / 4 >> 2) + 8 * (i % 4 >> 1); }
 LORA_FUSED_DEVICE int column_of(int i) { return i / 128 * 8 + (i % 128 / 4 & 3) * 2 + (i % 4 & 1); }
@@ -155,8 +158,8 @@ LORA_FUSED_DEVICE bool sum_parts(const DecodeLaunch& p, float& value, int items,
   return true;
 }
 
-// s, scaled and rounded as the other kernels round it, to shared memory as [token][R]; block 0 also stores
-// it.
+// s, scaled and rounded as the other kernels round it, to shared memory as [token][s_stride]; block 0 also
+// stores it.
 template <typename T>
 LORA_FUSED_DEVICE void gather_s(const DecodeLaunch& p, float* shared, bool store) {
   const int chunks = static_cast<int>((p.R + kRankChunk - 1) / kRankChunk);
@@ -169,7 +172,7 @@ LORA_FUSED_DEVICE void gather_s(const DecodeLaunch& p, float* shared, bool store
       total += __ldcg(p.workspace.partials + (chunk * p.s_splits + part) * kTokens * kRankChunk + element);
     using N = Numeric<Storage<T>>;
     const auto rounded = N::from_float(total * p.scale);
-    shared[token * p.R + rank] = N::to_float(rounded);
+    shared[token * s_stride(p.R) + rank] = N::to_float(rounded);
     if (store && token < p.M) static_cast<Storage<T>*>(p.s.data)[token * p.s.row_stride + rank] = rounded;
   }
 }
@@ -179,7 +182,7 @@ LORA_FUSED_DEVICE void gather_s(const DecodeLaunch& p, float* shared, bool store
 template <typename T>
 LORA_FUSED_DEVICE void run(const DecodeLaunch& p) {
   __shared__ __align__(16) float accumulators[kWarps * kRankChunk / 8 * 128];
-  extern __shared__ __align__(16) float s[];  // [kTokens][R]
+  extern __shared__ __align__(16) float s[];  // [kTokens][s_stride]
   static_assert(kThreads == kTileFloats, "one thread finishes one element of the tile");
   ptx::griddepcontrol_wait();
   const i64 tile = blockIdx.x / p.splits, n0 = tile * kBlockN;
@@ -212,7 +215,7 @@ LORA_FUSED_DEVICE void run(const DecodeLaunch& p) {
   if (token >= p.M || n >= p.N) return;
   using N = Numeric<Storage<T>>;
   const Storage<T>* b = static_cast<const Storage<T>*>(p.b.data) + n * p.b.row_stride;
-  for (int r = 0; r < p.R; ++r) value += s[token * p.R + r] * N::to_float(b[r * p.b.col_stride]);
+  for (int r = 0; r < p.R; ++r) value += s[token * s_stride(p.R) + r] * N::to_float(b[r * p.b.col_stride]);
   if (p.bias) value += N::to_float(static_cast<const Storage<T>*>(p.bias)[n]);
   static_cast<Storage<T>*>(p.y.data)[token * p.y.row_stride + n] = N::from_float(value);
 }

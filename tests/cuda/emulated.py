@@ -1,4 +1,4 @@
-"""A GPU made of this machine's CPU: the module's launchers on a fake runtime, kernels in the emulator.
+"""A GPU made of this machine's CPU: launchers on a fake runtime, kernels in the emulator.
 
     with EmulatedGpu() as gpu:            # lora_fused.backends.cuda now takes CPU tensors
         s = cuda.shrink(route, x, a, 2.0)
