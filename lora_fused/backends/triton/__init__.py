@@ -83,8 +83,10 @@ def shrink(route: Route, x: Tensor, a: Tensor, scale: float, mask: Mask | None =
     tiles = route.config.shrink_tiles
     if tiles is None and mask is None:
         return torch_ops.shrink(route, x, a.to(x.dtype), scale)
-    tiles = tiles or default_tiles(route.problem, "shrink")
-    return launch.launch_shrink(tiles, flatten(x), a, scale, mask)
+    x = flatten(x)
+    s = x.new_empty(x.shape[0], a.shape[0])
+    launch.shrink(tiles or default_tiles(route.problem, "shrink"), [(x, a, s, scale, mask)])
+    return s
 
 
 def matmul(
@@ -175,20 +177,25 @@ def reduce_pair(
 
     One launch for both, and one for the sums in fixed order where the tokens are split.
     """
-    for_a = for_b = None
+    members: list[tuple[Tensor, Tensor, Mask | None, bool, torch.dtype]] = []
     if da_dtype is not None and ds is not None and x is not None:
-        for_a = launch.Reduction(flatten(x), ds, da_dtype)
+        members.append((flatten(x), ds, mask, True, da_dtype))
     if db_dtype is not None and dy is not None and s is not None:
-        for_b = launch.Reduction(flatten(dy), s, db_dtype)
-    if for_a is None and for_b is None:
+        members.append((flatten(dy), s, None, False, db_dtype))
+    if not members:
         return None, None
     tiles = route.config.reduce_tiles
-    if tiles is not None or mask is not None:
-        tiles = tiles or default_tiles(route.problem, "reduce")
-        return launch.launch_reduce(tiles, for_a, mask, for_b)
-    da = None if for_a is None else torch.mm(for_a.t.t(), for_a.z).to(for_a.dtype)
-    db = None if for_b is None else torch.mm(for_b.z.t(), for_b.t).to(for_b.dtype)
-    return da, db
+    if tiles is None and mask is None:
+        found = [_library_reduce(*member) for member in members]
+    else:
+        found = launch.reduce(tiles or default_tiles(route.problem, "reduce"), members)
+    return None if da_dtype is None else found[0], None if db_dtype is None else found[-1]
+
+
+def _library_reduce(
+    z: Tensor, t: Tensor, mask: Mask | None, transposed: bool, dtype: torch.dtype
+) -> Tensor:
+    return (torch.mm(t.t(), z) if transposed else torch.mm(z.t(), t)).to(dtype)
 
 
 def _matmul(
@@ -210,9 +217,8 @@ def _matmul(
     else:
         shape, w, l, a = route.x_shape, weight, adapter, None if a is None else a.t()
     y = weight.new_empty(shape) if out is None else out
-    tiles = route.config.tiles(direction) or default_tiles(route.problem, direction)
     x = None if x is None else flatten(x)
-    launch.launch_matmul(
-        tiles, x, w, a, s, l, scale, bias, mask, flatten(y), accumulate=out is not None
-    )
+    member = launch.matmul_member(x, w, flatten(y), s, l, a, scale, bias, mask)
+    tiles = route.config.tiles(direction) or default_tiles(route.problem, direction)
+    launch.matmul(tiles, [member], summed=True, accumulate=out is not None)
     return y

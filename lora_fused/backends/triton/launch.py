@@ -1,31 +1,23 @@
-"""The host side of each kernel: grid, strides, workspace, launch on torch's current stream."""
+"""The host side of each kernel: grid, workspace, specialisation, launch on torch's current stream."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import os
-from dataclasses import replace
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_fused.backends.torch_ops import flatten
+from lora_fused.backends.triton import arguments
 from lora_fused.backends.triton.candidates import rank_block, tiles_without_descriptors
-from lora_fused.config import Mask, Route, Tiles
+from lora_fused.config import Mask, Tiles
 
 GROUP_M = 8
 _SUM_BLOCK = 1024
-
-
-class Reduction(NamedTuple):
-    """One gradient zᵀ t of `launch_reduce`: z [M, C] wide, t [M, R], and the gradient's dtype."""
-
-    z: Tensor
-    t: Tensor
-    dtype: torch.dtype
 
 
 def interpreted() -> bool:
@@ -49,138 +41,172 @@ def kernels() -> SimpleNamespace:
     )
 
 
-def launch_shrink(
-    tiles: Tiles, x: Tensor, a: Tensor, scale: float, mask: Mask | None = None
-) -> Tensor:
-    """s [M, R] = scale · (mask ⊙ x) aᵀ from x [M, K] and a [R, K], any strides."""
-    (M, K), R = x.shape, a.shape[0]
-    s = x.new_empty(M, R)
-    if s.numel() == 0:
-        return s
-    per_part, parts = _parts(K, tiles.block_k, tiles.splits)
-    partial = x.new_empty(parts, M, R, dtype=torch.float32) if parts > 1 else None
-    seed, threshold = _seed_and_threshold(mask, x.device)
-    grid = (_cdiv(M, tiles.block_m), _cdiv(R, tiles.block_r), parts)
-    with _on_device_of(x):
-        kernels().shrink[grid](
-            x, a, s if partial is None else partial, seed, threshold, scale,
-            M, K, R, per_part, *x.stride(), *a.stride(), R,
-            BLOCK_M=tiles.block_m, BLOCK_K=tiles.block_k, BLOCK_R=tiles.block_r,
-            EVEN_K=K % tiles.block_k == 0, PARTIAL=parts > 1, PRECISION=_precision(x.dtype),
-            **_options(tiles),
-        )  # fmt: skip
-        if partial is not None:
-            _sum_parts([(partial, s)], scale)
-    return s
+def shrink(
+    tiles: Tiles, members: Sequence[tuple[Tensor, Tensor, Tensor, float, Mask | None]]
+) -> None:
+    """s = scale · (mask ⊙ x) aᵀ for each (x [M, K], a [R, K], s [M, R], scale, mask), in one launch.
 
-
-def launch_reduce(
-    tiles: Tiles, for_a: Reduction | None, mask: Mask | None, for_b: Reduction | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """da [R, K] = dsᵀ (mask ⊙ x) for (x, ds) and db [N, R] = dyᵀ s for (dy, s), as far as given."""
-    some = for_a or for_b
-    assert some is not None
-    M, R = some.t.shape
-    device = some.z.device
-    da = db = None
-    if for_a is not None:
-        da = torch.empty(R, for_a.z.shape[1], dtype=for_a.dtype, device=device)
-    if for_b is not None:
-        db = torch.empty(for_b.z.shape[1], R, dtype=for_b.dtype, device=device)
-    per_part, parts = _parts(M, tiles.block_m, tiles.splits)
-    outputs = [
-        None if out is None or parts == 1 else out.new_empty(parts, *out.shape, dtype=torch.float32)
-        for out in (da, db)
-    ]
-    x, ds, *x_strides = _operands(for_a)
-    dy, s, *dy_strides = _operands(for_b)
-    K = 0 if for_a is None else for_a.z.shape[1]
-    N = 0 if for_b is None else for_b.z.shape[1]
-    a_blocks, b_blocks = _cdiv(K, tiles.block_n), _cdiv(N, tiles.block_n)
-    seed, threshold = _seed_and_threshold(mask, device)
-    with _on_device_of(some.z):
-        kernels().reduce[(a_blocks + b_blocks, _cdiv(R, tiles.block_r), parts)](
-            x, ds, outputs[0] if parts > 1 else da, seed, threshold,
-            dy, s, outputs[1] if parts > 1 else db,
-            M, K, N, R, a_blocks, per_part, *x_strides, *dy_strides,
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_R=tiles.block_r,
-            PRECISION=_precision(some.z.dtype), **_options(tiles),
-        )  # fmt: skip
+    s is written; it has unit stride along R. Where the contraction is split, a second launch adds.
+    """
+    M = members[0][0].shape[0]
+    if M == 0:
+        return
+    parts = max(_parts(x.shape[1], tiles.block_k, tiles.splits)[1] for x, *_ in members)
+    packed, sums = [], []
+    for x, a, s, scale, mask in members:
+        (R, K), out = a.shape, s
+        per_part = _parts(K, tiles.block_k, parts)[0]
         if parts > 1:
-            pairs = zip(outputs, (da, db), strict=True)
-            _sum_parts([(p, out) for p, out in pairs if p is not None and out is not None], 1.0)
-    return da, db
+            out = x.new_empty(parts, M, R, dtype=torch.float32)
+            sums.append(arguments.Sum(out, s, scale, M, R, s.stride(0)))
+        packed.append(
+            arguments.Shrink(
+                x, a, out, *_seed_and_threshold(mask, x.device), scale, K, R, per_part,
+                *x.stride(), *a.stride(), out.stride(-2), M * R,
+            )  # fmt: skip
+        )
+    r_blocks = max(_cdiv(p.R, tiles.block_r) for p in packed)
+    grid = (_cdiv(M, tiles.block_m) * len(packed) * r_blocks, parts)
+    with _on_device_of(members[0][0]):
+        kernels().shrink[grid](
+            tuple(packed), M,
+            R_BLOCKS=r_blocks, BLOCK_M=tiles.block_m, BLOCK_K=tiles.block_k, BLOCK_R=tiles.block_r,
+            EVEN_K=all(p.K % tiles.block_k == 0 for p in packed), PARTIAL=parts > 1,
+            PRECISION=_precision(members[0][0].dtype), **_options(tiles),
+        )  # fmt: skip
+        _add_parts(sums, parts)
 
 
-def launch_matmul(
-    tiles: Tiles,
+def reduce(
+    tiles: Tiles, members: Sequence[tuple[Tensor, Tensor, Mask | None, bool, torch.dtype]]
+) -> list[Tensor]:
+    """(mask ⊙ z)ᵀ t for each (z [M, C], t [M, R], mask, transposed, dtype), in one launch.
+
+    The result is [C, R], or [R, C] where transposed. Where the tokens are split, a second launch
+    adds.
+    """
+    (M, _), device = members[0][0].shape, members[0][0].device
+    per_part, parts = _parts(M, tiles.block_m, tiles.splits)
+    outputs, packed, sums = [], [], []
+    for z, t, mask, transposed, dtype in members:
+        t = t if t.stride(1) == 1 else t.contiguous()
+        C, R = z.shape[1], t.shape[1]
+        shape = (R, C) if transposed else (C, R)
+        out = torch.empty(shape, dtype=dtype, device=device)
+        outputs.append(out)
+        if parts > 1:
+            partial = out.new_empty(parts, *shape, dtype=torch.float32)
+            sums.append(arguments.Sum(partial, out, 1.0, *shape, out.stride(0)))
+            out = partial
+        out_sc, out_sr = (1, C) if transposed else (R, 1)
+        packed.append(
+            arguments.Reduce(
+                z, t, out, *_seed_and_threshold(mask, device), C, R,
+                *z.stride(), t.stride(0), out_sc, out_sr, C * R,
+            )  # fmt: skip
+        )
+    columns = sum(_cdiv(p.C, tiles.block_n) for p in packed)
+    grid = (columns, max(_cdiv(p.R, tiles.block_r) for p in packed), parts)
+    with _on_device_of(members[0][0]):
+        kernels().reduce[grid](
+            tuple(packed), M, per_part,
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_R=tiles.block_r,
+            PRECISION=_precision(members[0][0].dtype), **_options(tiles),
+        )  # fmt: skip
+        _add_parts(sums, parts)
+    return outputs
+
+
+def _add_parts(sums: list[arguments.Sum], parts: int) -> None:
+    """Add the partial sums of all members in one launch, if there are any."""
+    if sums:
+        blocks = sum(_cdiv(p.rows * p.cols, _SUM_BLOCK) for p in sums)
+        kernels().sum[(blocks,)](tuple(sums), parts, BLOCK=_SUM_BLOCK)
+
+
+def matmul_member(
     x: Tensor | None,
     w: Tensor,
-    a: Tensor | None,
-    s: Tensor | None,
-    l: Tensor | None,
-    scale: float,
-    bias: Tensor | None,
-    mask: Mask | None,
     y: Tensor,
-    accumulate: bool,
-) -> None:
-    """y [M, N] (+)= x [M, K] w [K, N] + mask ⊙ (s [M, R] l [R, N]) + bias [N].
+    s: Tensor | None = None,
+    l: Tensor | None = None,
+    a: Tensor | None = None,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    mask: Mask | None = None,
+) -> arguments.Matmul:
+    """The arguments of one member for `matmul`; see arguments.Matmul. Any strides.
 
-    With a [R, K], s is written: s = scale · x aᵀ. Without x only the rank-R term is added. y has
-    a unit stride along N, the other tensors any strides.
+    Without x only the rank-R term is left. s [M, R] is read, or written where a is given.
     """
-    (M, N), K = y.shape, 0 if x is None else x.shape[1]
-    if y.numel() == 0:
-        return
-    R = 0 if s is None else s.shape[1]
+    K, R = 0 if x is None else x.shape[1], 0 if s is None else s.shape[1]
     if s is None or l is None or R == 0:
-        s = l = a = None
+        s = l = a = mask = None
     elif s.stride(1) != 1:
         s = s.contiguous()
     if bias is not None and bias.stride(0) != 1:
         bias = bias.contiguous()
     x = y if x is None else x
-    by_rows = not _fits_descriptor(w)
-    w_for_tma = w.t() if by_rows else w
-    if tiles.descriptors and not (K > 0 and all(map(_fits_descriptor, (x, w_for_tma, y)))):
+    return arguments.Matmul(
+        x, w, a, s, l, bias, y, *_seed_and_threshold(mask, y.device), scale, y.shape[1], K, R,
+        *x.stride(), *w.stride(), *((0, 0) if a is None else a.stride()),
+        0 if s is None else s.stride(0), *((0, 0) if l is None else l.stride()), y.stride(0),
+    )  # fmt: skip
+
+
+def matmul(
+    tiles: Tiles, members: Sequence[arguments.Matmul], summed: bool, accumulate: bool = False
+) -> None:
+    """y (+)= x w + mask ⊙ (s l) + bias for every member; summed: all add to the one y of the first."""
+    M, device = members[0].y.shape[0], members[0].y.device
+    if M == 0:
+        return
+    by_rows = not _fits_descriptor(members[0].w)
+    if tiles.descriptors and not all(_fits_descriptors(p, by_rows) for p in members):
         tiles = tiles_without_descriptors(tiles)
-    block_r = tiles.block_r or rank_block(R)
-    seed, threshold = _seed_and_threshold(mask, y.device)
-    operands: tuple[Any, Any, Any] = (x, w, y)
-    if tiles.descriptors:
-        w_block = (tiles.block_n, tiles.block_k) if by_rows else (tiles.block_k, tiles.block_n)
-        operands = (
-            _descriptor(x, tiles.block_m, tiles.block_k),
-            _descriptor(w_for_tma, *w_block),
-            _descriptor(y, tiles.block_m, tiles.block_n),
-        )
-    grid = _cdiv(M, tiles.block_m) * _cdiv(N, tiles.block_n)
+    dtype, largest = members[0].y.dtype, max(p.R for p in members)
+    block_r = tiles.block_r or rank_block(largest)
+    even = all(p.K % tiles.block_k == 0 for p in members)
+    makers = members[:1] if summed else members
+    grid = sum(_cdiv(M, tiles.block_m) * _cdiv(p.N, tiles.block_n) for p in makers)
     if tiles.persistent:
-        grid = min(grid, _multiprocessors(y.device))
-    with _on_device_of(y):
+        grid = min(grid, _multiprocessors(device))
+    if tiles.descriptors:
+        members = [_with_descriptors(p, tiles, by_rows) for p in members]
+    with _on_device_of(makers[0].y):
         kernels().matmul[(grid,)](
-            operands[0], operands[1], a, s, l, bias, operands[2], seed, threshold, scale,
-            M, N, K, R, *x.stride(), *reversed(w.stride()),
-            *((0, 0) if a is None else a.stride()),
-            0 if s is None else s.stride(0), *((0, 0) if l is None else l.stride()), y.stride(0),
+            tuple(members), M,
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_R=block_r,
-            RANK_STEPS=_cdiv(R, block_r), GROUP_M=GROUP_M, EVEN_K=K % tiles.block_k == 0,
+            RANK_STEPS=_cdiv(largest, block_r), GROUP_M=GROUP_M, EVEN_K=even, SUM=summed,
             ACCUMULATE=accumulate, DESCRIPTORS=tiles.descriptors, W_BY_ROWS=by_rows,
-            PERSISTENT=tiles.persistent, PRECISION=_precision(y.dtype), **_options(tiles),
+            PERSISTENT=tiles.persistent, PRECISION=_precision(dtype), **_options(tiles),
         )  # fmt: skip
 
 
-def _sum_parts(pairs: list[tuple[Tensor, Tensor]], scale: float) -> None:
-    """out = scale · Σ partial[p] for one or two (partial, out), in one launch."""
-    (first, first_out), *others = pairs
-    second, second_out = others[0] if others else (None, None)
-    counts = [out.numel() for _, out in pairs] + [0] * (2 - len(pairs))
-    blocks = [_cdiv(count, _SUM_BLOCK) for count in counts]
-    kernels().sum[(sum(blocks),)](
-        first, first_out, second, second_out, scale, *counts, blocks[0], first.shape[0],
-        BLOCK=_SUM_BLOCK,
-    )  # fmt: skip
+def _fits_descriptors(p: arguments.Matmul, by_rows: bool) -> bool:
+    w = p.w.t() if by_rows else p.w
+    return p.K > 0 and all(map(_fits_descriptor, (p.x, w, p.y)))
+
+
+def _fits_descriptor(t: Tensor) -> bool:
+    """Whether TMA reaches a matrix: unit stride along rows that begin at multiples of 16 bytes."""
+    row = t.stride(0) * t.element_size()
+    dense = t.stride(1) == 1 and t.stride(0) >= t.shape[1]
+    return dense and t.data_ptr() % 16 == 0 and row % 16 == 0 and row < 1 << 40
+
+
+def _with_descriptors(p: arguments.Matmul, tiles: Tiles, by_rows: bool) -> arguments.Matmul:
+    w = p.w.t() if by_rows else p.w
+    w_block = (tiles.block_n, tiles.block_k) if by_rows else (tiles.block_k, tiles.block_n)
+    return p._replace(
+        x=_descriptor(p.x, tiles.block_m, tiles.block_k),
+        w=_descriptor(w, *w_block),
+        y=_descriptor(p.y, tiles.block_m, tiles.block_n),
+    )
+
+
+def _descriptor(t: Tensor, rows: int, cols: int) -> Any:
+    return kernels().TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, cols])
 
 
 def _parts(length: int, block: int, splits: int) -> tuple[int, int]:
@@ -188,16 +214,6 @@ def _parts(length: int, block: int, splits: int) -> tuple[int, int]:
     steps = max(_cdiv(length, block), 1)
     per_part = _cdiv(steps, splits)
     return per_part * block, _cdiv(steps, per_part)
-
-
-def _operands(reduction: Reduction | None) -> tuple[Any, ...]:
-    """z, t, the strides of z and the row stride of t."""
-    if reduction is None:
-        return None, None, 0, 0, 0
-    z, t = reduction.z, reduction.t
-    if t.stride(1) != 1:
-        t = t.contiguous()
-    return z, t, *z.stride(), t.stride(0)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -215,17 +231,6 @@ def _seed_and_threshold(mask: Mask | None, device: torch.device) -> tuple[Tensor
         signed = seed - (1 << 64) if seed >= 1 << 63 else seed
         seed = torch.full((), signed, dtype=torch.int64, device=device)
     return seed, mask.threshold
-
-
-def _fits_descriptor(t: Tensor) -> bool:
-    """Whether TMA reaches a matrix: unit stride along rows that begin at multiples of 16 bytes."""
-    row = t.stride(0) * t.element_size()
-    dense = t.stride(1) == 1 and t.stride(0) >= t.shape[1]
-    return dense and t.data_ptr() % 16 == 0 and row % 16 == 0 and row < 1 << 40
-
-
-def _descriptor(t: Tensor, rows: int, cols: int) -> Any:
-    return kernels().TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, cols])
 
 
 def _on_device_of(t: Tensor) -> contextlib.AbstractContextManager[Any]:

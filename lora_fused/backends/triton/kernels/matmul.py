@@ -7,10 +7,12 @@
 `one_pass` (and `decode`, the same with 16-row tiles): each tile of x feeds w and a, so that
 s = scale · x aᵀ is born in registers, meets l there and is stored once, by the first column of tiles.
 
-A program makes one tile of y, or (PERSISTENT) every num_programs-th of them. x, w and y are reached
-by pointers with any strides, or by tensor descriptors (TMA), which need a unit stride and 16-byte
-rows. With dropout (`split` only) the rank-R term comes first, is masked and begins the sum.
-Not handled: M, N or K of 0 or beyond 2**31 - 1; dropout in `one_pass`; R > BLOCK_R in `one_pass`.
+A launch serves one layer or a group. Forward, the members' tiles follow each other in the grid;
+for dx (SUM) all members add to one y, whose tile stays in registers. A program makes one tile, or
+(PERSISTENT) every num_programs-th. x, w and y are reached by pointers with any strides, or by tensor
+descriptors (TMA), which need a unit stride and rows at multiples of 16 bytes. With dropout (`split`
+only) the rank-R term is masked on its own and begins the sum.
+Not handled: sizes beyond 2**31 - 1; dropout in `one_pass`; R > BLOCK_R in `one_pass`.
 """
 
 import triton
@@ -23,16 +25,15 @@ from lora_fused.backends.triton.kernels.tiles import (
     finish,
     masked,
     rank_term,
+    store_s,
     tile_at,
-    tile_pointers,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def matmul_kernel(
-    x, w, a, s, l, bias, y, seed, threshold, scale,
-    M, N, K, R,
-    x_sm, x_sk, w_sn, w_sk, a_sr, a_sk, s_sm, l_sr, l_sn, y_sm,
+    members,
+    M,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -40,38 +41,37 @@ def matmul_kernel(
     RANK_STEPS: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
+    SUM: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     W_BY_ROWS: tl.constexpr,
     PERSISTENT: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
-    """a is None for `split`; s is written then, not read. s and l are None for rank 0.
+):
+    """members: arguments.Matmul each. A single member is a sum of one.
 
-    RANK_STEPS = ceil(R / BLOCK_R), EVEN_K = (K % BLOCK_K == 0). bias and seed may be None.
+    RANK_STEPS = ceil(R / BLOCK_R) of the largest R; EVEN_K: BLOCK_K divides every K; ACCUMULATE: y
+    is added to.
     """
     if PERSISTENT:
-        tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+        tiles = 0
+        for i in tl.static_range(1 if SUM else len(members)):
+            tiles += tl.cdiv(M, BLOCK_M) * tl.cdiv(members[i].N, BLOCK_N)
         for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             _tile(
-                index, x, w, a, s, l, bias, y, seed, threshold, scale, M, N, K, R,
-                x_sm, x_sk, w_sn, w_sk, a_sr, a_sk, s_sm, l_sr, l_sn, y_sm,
-                BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_STEPS, GROUP_M,
-                EVEN_K, ACCUMULATE, DESCRIPTORS, W_BY_ROWS, PRECISION,
+                index, members, M, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_STEPS, GROUP_M,
+                EVEN_K, SUM, ACCUMULATE, DESCRIPTORS, W_BY_ROWS, PRECISION,
             )  # fmt: skip
     else:
         _tile(
-            tl.program_id(0), x, w, a, s, l, bias, y, seed, threshold, scale, M, N, K, R,
-            x_sm, x_sk, w_sn, w_sk, a_sr, a_sk, s_sm, l_sr, l_sn, y_sm,
-            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_STEPS, GROUP_M,
-            EVEN_K, ACCUMULATE, DESCRIPTORS, W_BY_ROWS, PRECISION,
+            tl.program_id(0), members, M, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_STEPS, GROUP_M,
+            EVEN_K, SUM, ACCUMULATE, DESCRIPTORS, W_BY_ROWS, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def _tile(
-    index, x, w, a, s, l, bias, y, seed, threshold, scale, M, N, K, R,
-    x_sm, x_sk, w_sn, w_sk, a_sr, a_sk, s_sm, l_sr, l_sn, y_sm,
+    index, members, M,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -79,47 +79,67 @@ def _tile(
     RANK_STEPS: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
+    SUM: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     W_BY_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    pid_m, pid_n = tile_at(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    m0, n0 = pid_m * BLOCK_M, pid_n * BLOCK_N
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if a is not None:
-        total, small = contract_and_shrink(
-            total, x, w, a, m0, n0, M, N, K, R, x_sm, x_sk, w_sn, w_sk, a_sr, a_sk,
-            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, EVEN_K, DESCRIPTORS, W_BY_ROWS, PRECISION,
-        )  # fmt: skip
-        s_tile = (small * scale).to(s.dtype.element_ty)
-        _store_s(s, s_tile, m0, n0, M, R, s_sm, BLOCK_M, BLOCK_R)
-        l_tile = expand_tile(l, n0, 0, N, R, l_sr, l_sn, BLOCK_N, BLOCK_R)
-        total = tl.dot(s_tile, l_tile.to(s_tile.dtype), total, input_precision=PRECISION)
+    if SUM:
+        m0, n0 = tile_at(index, M, members[0].N, BLOCK_M, BLOCK_N, GROUP_M)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for i in tl.static_range(len(members)):
+            total = _add(
+                total, members[i], m0, n0, M, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_STEPS,
+                EVEN_K, DESCRIPTORS, W_BY_ROWS, PRECISION,
+            )  # fmt: skip
+        finish(total, members[0], m0, n0, M, BLOCK_M, BLOCK_N, ACCUMULATE, DESCRIPTORS)
     else:
-        if seed is not None:
-            total = rank_term(
-                total, s, l, m0, n0, M, N, R, s_sm, l_sr, l_sn,
-                BLOCK_M, BLOCK_N, BLOCK_R, RANK_STEPS, PRECISION,
-            )  # fmt: skip
-            total = masked(total, seed, threshold, m0, n0, N, BLOCK_M, BLOCK_N)
-        total = contract(
-            total, x, w, m0, n0, M, N, K, x_sm, x_sk, w_sn, w_sk,
-            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, DESCRIPTORS, W_BY_ROWS, PRECISION,
-        )  # fmt: skip
-        if seed is None and s is not None:
-            total = rank_term(
-                total, s, l, m0, n0, M, N, R, s_sm, l_sr, l_sn,
-                BLOCK_M, BLOCK_N, BLOCK_R, RANK_STEPS, PRECISION,
-            )  # fmt: skip
-    finish(
-        total, bias, y, m0, n0, M, N, y_sm, BLOCK_M, BLOCK_N, ACCUMULATE, DESCRIPTORS
-    )  # fmt: skip
+        for i in tl.static_range(len(members)):
+            tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(members[i].N, BLOCK_N)
+            if (index >= 0) & (index < tiles):
+                m0, n0 = tile_at(index, M, members[i].N, BLOCK_M, BLOCK_N, GROUP_M)
+                total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                total = _add(
+                    total, members[i], m0, n0, M, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_STEPS,
+                    EVEN_K, DESCRIPTORS, W_BY_ROWS, PRECISION,
+                )  # fmt: skip
+                finish(total, members[i], m0, n0, M, BLOCK_M, BLOCK_N, ACCUMULATE, DESCRIPTORS)
+            index -= tiles
 
 
 @triton.jit
-def _store_s(s, s_tile, m0, n0, M, R, s_sm, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Every column of tiles has s; the first one stores it."""
-    m, r = m0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
-    inside = (m < M)[:, None] & (r < R)[None, :] & (n0 == 0)
-    tl.store(tile_pointers(s, m0, 0, s_sm, 1, BLOCK_M, BLOCK_R), s_tile, mask=inside)
+def _add(
+    total, p, m0, n0, M,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    RANK_STEPS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    W_BY_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total + x w + mask ⊙ (s l) of one member."""
+    if p.a is not None:
+        total, small = contract_and_shrink(
+            total, p, m0, n0, M,
+            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, EVEN_K, DESCRIPTORS, W_BY_ROWS, PRECISION,
+        )  # fmt: skip
+        s_tile = (small * p.scale).to(p.s.dtype.element_ty)
+        store_s(p, s_tile, m0, n0, M, BLOCK_M, BLOCK_R)
+        l_tile = expand_tile(p, n0, 0, BLOCK_N, BLOCK_R)
+        total = tl.dot(s_tile, l_tile.to(s_tile.dtype), total, input_precision=PRECISION)
+    else:
+        if p.seed is not None:
+            term = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            term = rank_term(term, p, m0, n0, M, BLOCK_M, BLOCK_N, BLOCK_R, RANK_STEPS, PRECISION)
+            total += masked(term, p, m0, n0, BLOCK_M, BLOCK_N)
+        total = contract(
+            total, p, m0, n0, M,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, DESCRIPTORS, W_BY_ROWS, PRECISION,
+        )  # fmt: skip
+        if p.seed is None and p.s is not None:
+            total = rank_term(total, p, m0, n0, M, BLOCK_M, BLOCK_N, BLOCK_R, RANK_STEPS, PRECISION)
+    return total
