@@ -4,7 +4,7 @@ from tests.ptx_emulator import run
 run(ptx, "my_kernel", grid=4, block=128, args=[x, y, 1000]).check()
 """
 
-from .launch import Struct, TensorMap, Uninitialised, run
+from .launch import At, Struct, TensorMap, Uninitialised, run
 from .report import Counters, Finding, Report, UnknownInstruction
 from .schedule import EVERY_SCHEDULE, TOGETHER, Schedule
 from .syntax import parse
@@ -12,6 +12,7 @@ from .syntax import parse
 __all__ = [
     "EVERY_SCHEDULE",
     "TOGETHER",
+    "At",
     "Counters",
     "Finding",
     "Report",

@@ -45,6 +45,14 @@ class Uninitialised:
 
 
 @dataclass(frozen=True, eq=False)
+class At:
+    """A pointer into a buffer, `offset` bytes from its start."""
+
+    buffer: np.ndarray | Uninitialised
+    offset: int
+
+
+@dataclass(frozen=True, eq=False)
 class Struct:
     """A parameter passed by value: fields with their natural alignment; arrays are pointers."""
 
@@ -110,6 +118,8 @@ class _Buffers:
                 self._collect(field)
         elif isinstance(arg, TensorMap):
             self._collect(arg.array)
+        elif isinstance(arg, At):
+            self._collect(arg.buffer)
         elif isinstance(arg, Uninitialised):
             self._add(arg.array, False)
         elif isinstance(arg, np.ndarray):
@@ -245,10 +255,13 @@ def _write_params(machine: Machine, kernel: Kernel, args: Sequence, buffers: _Bu
         return memory.starts[buffers.index(array)] + GlobalSpace.base
 
     def encode(arg, size: int) -> bytes:
+        offset = 0
+        if isinstance(arg, At):
+            arg, offset = arg.buffer, arg.offset
         if isinstance(arg, Uninitialised):
             arg = arg.array
         if isinstance(arg, np.ndarray):
-            return address(arg).to_bytes(8, "little")
+            return (address(arg) + offset).to_bytes(8, "little")
         if isinstance(arg, TensorMap):
             return arg.encode(address(arg.array))
         if isinstance(arg, Struct):
