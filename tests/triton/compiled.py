@@ -20,7 +20,7 @@ import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lora_fused
 
@@ -29,29 +29,48 @@ KERNELS = Path(lora_fused.__file__).parent / "backends" / "triton" / "kernels"
 CACHE = ROOT / "build" / "triton"
 
 
+class Pointer(NamedTuple):
+    """A tensor argument: element type in torch's words, and whether 16 divides its address."""
+
+    dtype: str
+    aligned: bool
+
+
+class Map(NamedTuple):
+    """A tensor descriptor argument."""
+
+    dtype: str
+    block: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Request:
-    """A kernel of the package, specialised as Triton's launcher would do it.
+    """A launch of a kernel of the package, as far as the compiler sees it.
 
-    types: by argument name, "*bf16", "i32", …, "tensordesc<bf16[64, 32]>" or "constexpr". constants:
-    the values of the latter. aligned: arguments known to be multiples of 16.
+    args are the launch's arguments with tensors replaced by Pointer and Map, and numbers by one
+    representative of those that Triton does not tell apart (see `emulated.seen_by_compiler`).
     """
 
     kernel: str
-    types: tuple[tuple[str, str], ...]
+    args: tuple[Any, ...]
     constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[str, ...]
     target: str
     num_warps: int
     num_stages: int
 
     @property
     def key(self) -> str:
-        import triton
+        return hashlib.sha256(f"{_sources()} {self!r}".encode()).hexdigest()[:24]
 
-        text = "".join(path.read_text() for path in sorted(KERNELS.glob("*.py")))
-        text += f"{triton.__version__} {self!r}"
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+@functools.cache
+def _sources() -> str:
+    """What decides the compiler's output besides the request."""
+    import triton
+
+    files = [*sorted(KERNELS.glob("*.py")), KERNELS.parent / "arguments.py"]
+    text = "".join(path.read_text() for path in files)
+    return hashlib.sha256(f"{triton.__version__} {text}".encode()).hexdigest()
 
 
 @dataclass
@@ -122,22 +141,15 @@ def _compile(request: Request) -> Compiled:
     """In the child: compile and look at the machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from lora_fused.backends.triton import launch
 
-    fn = getattr(launch.kernels(), request.kernel)
-    types, constants = dict(request.types), dict(request.constants)
-    at = {name: i for i, name in enumerate(fn.arg_names)}
-    source = ASTSource(
-        fn,
-        {name: types[name] for name in fn.arg_names},
-        constexprs={(at[name],): value for name, value in constants.items()},
-        attrs={(at[name],): [["tt.divisibility", 16]] for name in request.aligned},
-    )
+    triton.runtime.driver.set_active(_NoDevice(_gpu(request.target, GPUTarget)))
     options = {"num_warps": request.num_warps, "num_stages": request.num_stages}
+    args = [_stand_in(arg) for arg in request.args]
     try:
-        made = triton.compile(source, target=_gpu(request.target, GPUTarget), options=options)
+        kernel = getattr(launch.kernels(), request.kernel)
+        made = kernel.warmup(*args, grid=(1,), **dict(request.constants), **options)
     except Exception as error:
         return Compiled(error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
     if request.target.startswith("gfx"):
@@ -148,6 +160,49 @@ def _compile(request: Request) -> Compiled:
     result.threads = 32 * made.metadata.num_warps
     result.descriptors = [dict(d) for d in getattr(made.metadata, "tensordesc_meta", None) or []]
     return result
+
+
+class _NoDevice:
+    """A driver for a GPU that is not there: enough for Triton's launcher to specialise and compile."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return f"no {self.target.arch}"
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+
+class _Address:
+    """A tensor that only has a dtype and an address."""
+
+    def __init__(self, dtype: str, aligned: bool = True) -> None:
+        import torch
+
+        self.dtype = getattr(torch, dtype)
+        self.address = 256 if aligned else 264
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _stand_in(arg: Any) -> Any:
+    """What Triton's launcher is given for an argument of a request."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if isinstance(arg, Pointer):
+        return _Address(*arg)
+    if isinstance(arg, Map):
+        return TensorDescriptor(_Address(arg.dtype), [1024, 1024], [1024, 1], list(arg.block))
+    if isinstance(arg, tuple):
+        values = [_stand_in(value) for value in arg]
+        return type(arg)(*values) if hasattr(arg, "_fields") else tuple(values)
+    return arg
 
 
 def _gpu(target: str, GPUTarget: Any) -> Any:

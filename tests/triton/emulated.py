@@ -17,15 +17,11 @@ import torch
 from torch import Tensor
 
 from lora_fused.backends.triton import launch
-from tests.ptx_emulator import Report, Schedule, TensorMap, Uninitialised, parse, run
-from tests.triton.compiled import Compiled, Request, compile_kernel
+from tests.ptx_emulator import At, Report, Schedule, TensorMap, Uninitialised, parse, run
+from tests.triton.compiled import Compiled, Map, Pointer, Request, compile_kernel
 
-_TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.int64: "i64",
-}
+DEFAULT_OPTIONS = {"num_warps": 4, "num_stages": 3}
+_MAP_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 _STORAGE = {1: torch.uint8, 2: torch.uint16, 4: torch.int32, 8: torch.int64}
 _SWIZZLE_BYTES = (0, 32, 64, 128)
 
@@ -71,11 +67,7 @@ def emulated(
     """Everything launched inside goes through the compiler and (execute) the emulator."""
     emulation = Emulation(target, schedule, counters, execute)
     original = launch.kernels
-    stand_ins = {
-        name: _Kernel(name, fn.params, emulation)
-        for name, fn in vars(original()).items()
-        if name != "TensorDescriptor"
-    }
+    stand_ins = {name: _Kernel(name, emulation) for name in ("matmul", "shrink", "reduce", "sum")}
     fakes = SimpleNamespace(TensorDescriptor=Descriptor, **stand_ins)
     launch.kernels = lambda: fakes  # type: ignore[assignment]
     try:
@@ -85,98 +77,96 @@ def emulated(
 
 
 class _Kernel:
-    def __init__(self, name: str, params: list[Any], emulation: Emulation) -> None:
-        self.name, self.params, self.emulation = name, params, emulation
+    def __init__(self, name: str, emulation: Emulation) -> None:
+        self.name, self.emulation = name, emulation
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *args, **kwargs: self._launch(grid, args, kwargs)
 
     def _launch(self, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        options = {n: kwargs.pop(n) for n in ("num_warps", "num_stages") if n in kwargs}
-        values = dict(zip((p.name for p in self.params), args, strict=False)) | kwargs
-        request = specialise(self.name, self.params, values, self.emulation.target, **options)
+        options = {n: kwargs.pop(n, default) for n, default in DEFAULT_OPTIONS.items()}
+        constants = tuple(kwargs.items())
+        # Numbers beside the members are not specialised (do_not_specialize in the kernels).
+        seen = (seen_by_compiler(args[0]), *(17 for _ in args[1:]))
+        request = Request(self.name, seen, constants, self.emulation.target, **options)
         compiled = compile_kernel(request)
         assert not compiled.error, f"{request}: {compiled.error}"
         done = Launch(request, compiled, grid)
         self.emulation.launches.append(done)
         if self.emulation.execute:
-            constants = dict(request.constants)
-            passed = {p.name: values[p.name] for p in self.params if p.name not in constants}
-            outputs = _outputs(self.name, values)
-            done.report = _execute(compiled, grid, passed, outputs, self.emulation)
+            outputs = _outputs(self.name, args, kwargs)
+            values = [*_flat(args[0]), *args[1:]]
+            done.report = _execute(compiled, grid, values, outputs, self.emulation)
 
 
-def specialise(
-    name: str,
-    params: list[Any],
-    values: dict[str, Any],
-    target: str,
-    num_warps: int = 4,
-    num_stages: int = 3,
-) -> Request:
-    """What Triton's launcher makes of argument values: None and 1 are constants, 16 divides or not."""
-    types, constants, aligned = [], [], []
-    for param in params:
-        value = values[param.name]
-        kind, is_aligned = "constexpr", False
-        if not param.is_constexpr:
-            kind, is_aligned = _specialise(value)
-        if param.do_not_specialize and isinstance(value, int):
-            kind, is_aligned = "i32" if value < 1 << 31 else "i64", False
-        types.append((param.name, kind))
-        if kind == "constexpr":
-            constants.append((param.name, value))
-        if is_aligned:
-            aligned.append(param.name)
-    return Request(
-        name, tuple(types), tuple(constants), tuple(aligned), target, num_warps, num_stages
-    )
+def _flat(args: tuple[Any, ...]) -> list[Any]:
+    """The arguments that the compiled kernel still takes, in order."""
+    values = []
+    for arg in args:
+        if isinstance(arg, tuple):
+            values += _flat(arg)
+        elif arg is not None and not (isinstance(arg, int) and arg == 1):
+            values.append(arg)
+    return values
 
 
-def _specialise(value: Any) -> tuple[str, bool]:
-    """The type of an argument, and whether 16 is known to divide it."""
-    if value is None:
-        return "constexpr", False
+def seen_by_compiler(value: Any) -> Any:
+    """An argument as it matters to the compiler: one value for all that share their code.
+
+    Triton makes a constant of 1, and asks of other integers whether 16 divides them and whether
+    they fit 32 bits.
+    """
     if isinstance(value, Tensor):
-        return f"*{_TYPES[value.dtype]}", value.data_ptr() % 16 == 0
+        return Pointer(str(value.dtype).removeprefix("torch."), value.data_ptr() % 16 == 0)
     if isinstance(value, Descriptor):
-        rows, cols = value.block_shape
-        return f"tensordesc<{_TYPES[value.base.dtype]}[{rows}, {cols}]>", False
+        return Map(str(value.base.dtype).removeprefix("torch."), tuple(value.block_shape))
+    if isinstance(value, tuple):
+        seen = [seen_by_compiler(v) for v in value]
+        return type(value)(*seen) if hasattr(value, "_fields") else tuple(seen)
     if isinstance(value, float):
-        return "fp32", False
-    if value == 1:
-        return "constexpr", False
-    return "i32" if value < 1 << 31 else "i64", value % 16 == 0
+        return 0.5
+    if value is None or value == 1:
+        return value
+    return (16 if value % 16 == 0 else 17) + (0 if value < 1 << 31 else 1 << 40)
 
 
-def _outputs(name: str, values: dict[str, Any]) -> set[int]:
+def _outputs(kernel: str, args: tuple[Any, ...], constants: dict[str, Any]) -> set[int]:
     """The addresses that a launch must write before it reads them."""
-    names = {"shrink": ["s"], "reduce": ["da", "db"], "sum": ["first_out", "second_out"]}.get(name)
-    if names is None:
-        names = ["y"] * (not values["ACCUMULATE"]) + ["s"] * (values["a"] is not None)
-    tensors = (getattr(values[n], "base", values[n]) for n in names)
-    return {t.data_ptr() for t in tensors if t is not None}
+    tensors = []
+    for p in args[0]:
+        if kernel == "matmul":
+            tensors += [] if constants["ACCUMULATE"] else [getattr(p.y, "base", p.y)]
+            tensors += [] if p.a is None else [p.s]
+        else:
+            tensors.append(p.s if kernel == "shrink" else p.out)
+    return {_storage(t)[0] for t in tensors}
+
+
+def _storage(t: Tensor) -> tuple[int, int]:
+    """Address of the memory that a tensor is a view of, and the tensor's offset in bytes."""
+    start = t.untyped_storage().data_ptr()
+    return start, t.data_ptr() - start
 
 
 def _execute(
     compiled: Compiled,
     grid: tuple[int, ...],
-    values: dict[str, Any],
+    values: list[Any],
     outputs: set[int],
     emulation: Emulation,
 ) -> Report:
-    buffers = _Buffers(outputs)
-    maps = iter(compiled.descriptors)
+    buffers, maps = _Buffers(outputs), iter(compiled.descriptors)
     args: list[Any] = []
-    for value in values.values():
+    for value in values:
         if isinstance(value, Tensor):
             args.append(buffers.argument(value))
         elif isinstance(value, Descriptor):
             args += _descriptor(value, next(maps), buffers)
         else:
             args.append(value)
+    kernel = parse(compiled.ptx)
     report = run(
-        parse(compiled.ptx),
+        kernel,
         compiled_name(compiled),
         grid,
         compiled.threads,
@@ -194,30 +184,35 @@ def compiled_name(compiled: Compiled) -> str:
 
 
 class _Buffers:
-    """The memory of tensors as numpy, the same array each time: kernels write into the tensors."""
+    """The memory of tensors as numpy, the same array each time: kernels write into the tensors.
+
+    A view is a pointer into the memory of its base.
+    """
 
     def __init__(self, outputs: set[int]) -> None:
         self.arrays: dict[int, np.ndarray] = {}
         self.outputs = outputs
 
     def array(self, t: Tensor) -> np.ndarray:
-        address = t.data_ptr()
-        if address not in self.arrays:
-            extent = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-            flat = torch.as_strided(t, (1 + extent,), (1,))
-            self.arrays[address] = flat.view(_STORAGE[t.element_size()]).numpy()
-        return self.arrays[address]
+        start, _ = _storage(t)
+        if start not in self.arrays:
+            size = t.untyped_storage().nbytes() // t.element_size()
+            whole = torch.as_strided(t, (size,), (1,), 0)
+            self.arrays[start] = whole.view(_STORAGE[t.element_size()]).numpy()
+        return self.arrays[start]
 
-    def argument(self, t: Tensor) -> np.ndarray | Uninitialised:
+    def argument(self, t: Tensor) -> Any:
+        start, offset = _storage(t)
         array = self.array(t)
-        return Uninitialised(array) if t.data_ptr() in self.outputs else array
+        buffer = Uninitialised(array) if start in self.outputs else array
+        return At(buffer, offset) if offset else buffer
 
 
 def _descriptor(d: Descriptor, meta: dict[str, Any], buffers: _Buffers) -> list[Any]:
     size = d.base.element_size()
     made = TensorMap(
         buffers.array(d.base),
-        {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}[_TYPES[d.base.dtype]],
+        _MAP_TYPES[d.base.dtype],
         d.shape,
         meta["block_size"],
         _SWIZZLE_BYTES[meta["swizzle"]],

@@ -78,7 +78,7 @@ def _shrink(
         tl.store(p.s + at, (total * p.scale).to(p.s.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PARTS"])
 def sum_kernel(members, PARTS, BLOCK: tl.constexpr):
     """out = scale · Σ_p partial_p in the order of p. members: arguments.Sum each.
 
