@@ -60,16 +60,20 @@ class Request:
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(f"{_sources()} {self!r}".encode()).hexdigest()[:24]
+        return hashlib.sha256(f"{_sources(self.kernel)} {self!r}".encode()).hexdigest()[:24]
+
+
+# The files of each kernel, besides those of all.
+_FILES = {"matmul": ("matmul", "tiles"), "shrink": ("shrink",), "sum": ("shrink",), "reduce": ("reduce",)}
 
 
 @functools.cache
-def _sources() -> str:
+def _sources(kernel: str) -> str:
     """What decides the compiler's output besides the request."""
     import triton
 
-    files = [*sorted(KERNELS.glob("*.py")), KERNELS.parent / "arguments.py"]
-    text = "".join(path.read_text() for path in files)
+    files = [KERNELS / f"{name}.py" for name in (*_FILES[kernel], "dropout")]
+    text = "".join(path.read_text() for path in (*files, KERNELS.parent / "arguments.py"))
     return hashlib.sha256(f"{triton.__version__} {text}".encode()).hexdigest()
 
 

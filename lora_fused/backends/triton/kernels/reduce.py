@@ -46,21 +46,23 @@ def _reduce(
     c, r = c0 + tl.arange(0, BLOCK_C), tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     rows, part = tl.arange(0, BLOCK_M), tl.program_id(2)
     z_sm, t_sm = tl.cast(p.z_sm, tl.int64), tl.cast(p.t_sm, tl.int64)
-    z_tiles = p.z + rows[:, None] * z_sm + c[None, :] * tl.cast(p.z_sc, tl.int64)
+    z_tiles = p.z + c[:, None] * tl.cast(p.z_sc, tl.int64) + rows[None, :] * z_sm
     t_tiles = p.t + rows[:, None] * t_sm + r[None, :]
-    c_inside, r_inside = (c < p.C)[None, :], (r < p.R)[None, :]
+    c_inside, r_inside = (c < p.C)[:, None], (r < p.R)[None, :]
 
     total = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     for m0 in range(part * M_PER_PART, min(M, (part + 1) * M_PER_PART), BLOCK_M):
-        m_inside = (m0 + rows < M)[:, None]
-        z_tile = tl.load(z_tiles + m0 * z_sm, mask=m_inside & c_inside, other=0.0)
-        t_tile = tl.load(t_tiles + m0 * t_sm, mask=m_inside & r_inside, other=0.0)
+        m_inside = m0 + rows < M
+        z_tile = tl.load(z_tiles + m0 * z_sm, mask=c_inside & m_inside[None, :], other=0.0)
+        t_tile = tl.load(t_tiles + m0 * t_sm, mask=m_inside[:, None] & r_inside, other=0.0)
         if p.seed is not None:
             keep = keep_tile(p.seed, p.threshold, m0 + rows, c0, p.C, BLOCK_M, BLOCK_C)
-            z_tile = tl.where(keep, z_tile, 0.0)
-        total = tl.dot(tl.trans(z_tile), t_tile, total, input_precision=PRECISION)
+            z_tile = tl.where(tl.trans(keep), z_tile, 0.0)
+        # z is loaded transposed, [BLOCK_C, BLOCK_M]: the compiler pipelines no load that a
+        # transposition follows.
+        total = tl.dot(z_tile, t_tile, total, input_precision=PRECISION)
 
     at = c.to(tl.int64)[:, None] * p.out_sc + r.to(tl.int64)[None, :] * p.out_sr
-    inside = (c < p.C)[:, None] & r_inside
+    inside = c_inside & r_inside
     out = p.out + part.to(tl.int64) * p.out_sp + at
     tl.store(out, total.to(p.out.dtype.element_ty), mask=inside)
