@@ -9,9 +9,18 @@ from torch import Tensor
 
 from lora_fused.backends import triton
 from lora_fused.backends.triton.candidates import default_tiles
-from lora_fused.config import FUSED_STRATEGIES, Config, Mask, Problem, Route, Tiles
+from lora_fused.config import (
+    FUSED_STRATEGIES,
+    Config,
+    Mask,
+    Member,
+    Problem,
+    Route,
+    Tiles,
+    group_columns,
+)
 from lora_fused.reference import dropout_threshold, effective_scaling
-from lora_fused.testing import Case, assert_close_to_ref
+from lora_fused.testing import Case, assert_close_to_ref, make_case
 
 OPERATIONS = ("forward", "dx", "shrink", "reduce")
 
@@ -81,3 +90,64 @@ def spread(case: Case) -> Case:
         lora_B=apart(case.lora_B), dy=apart(case.dy),
         bias=None if case.bias is None else apart(case.bias),
     )  # fmt: skip
+
+
+def group_case(
+    M: int, K: int, sizes: list[tuple[int, int]], dtype: torch.dtype, dropout: str
+) -> list[Case]:
+    """One case per (N, R), all on the x of the first. dropout: "none", "one mask", "own masks"."""
+    p = 0.0 if dropout == "none" else 0.3
+    cases = []
+    for i, (N, R) in enumerate(sizes):
+        made = make_case(M, K, N, R, dtype, bias=i == 1, dropout_p=p, scaling=1.0 + i, seed=i)
+        seed = made.seed if dropout == "own masks" else 77
+        cases.append(replace(made, x=cases[0].x if cases else made.x, seed=seed))
+    return cases
+
+
+def group_route_of(cases: list[Case], strategy: str = "split", **tiles: Tiles) -> Route:
+    """A Route of the whole group."""
+    sizes = tuple((case.lora_B.shape[0], case.lora_B.shape[1]) for case in cases)
+    single = problem_of(cases[0])
+    problem = replace(
+        single, N=sum(N for N, _ in sizes), R=group_columns([R for _, R in sizes])[1], group=sizes
+    )
+    route = route_of(cases[0], strategy, **tiles)
+    if strategy == "library":
+        route = replace(route, config=Config("triton"))
+    return replace(route, problem=problem)
+
+
+def check_group(cases: list[Case], route: Route) -> dict[str, Tensor]:
+    """Every output of a group against the numerics contract; returns them by name and member."""
+    members, dys = [], [case.dy for case in cases]
+    for case in cases:
+        mask, scale = None, case.scaling
+        if case.dropout_p > 0:
+            mask = Mask(case.seed, dropout_threshold(case.dropout_p))
+            scale = effective_scaling(case.scaling, case.dropout_p)
+        dtypes = case.lora_A.dtype, case.lora_B.dtype
+        weights = case.weight, case.lora_A, case.lora_B, case.bias
+        members.append(Member(*weights, scale, mask, route.needs, *dtypes))
+    ys, s = triton.group_forward(route, cases[0].x, members)
+    dx, das, dbs = triton.group_backward(route, dys, cases[0].x, s, members)
+    truths, baselines = [c.truth() for c in cases], [c.baseline() for c in cases]
+    offsets, width = group_columns([case.lora_A.shape[0] for case in cases])
+    assert s.shape == (cases[0].x.shape[0], width)
+    found: dict[str, Tensor] = {}
+    for i, (case, offset) in enumerate(zip(cases, offsets, strict=True)):
+        R = case.lora_A.shape[0]
+        outputs = {"y": ys[i], "s": s[:, offset : offset + R], "da": das[i], "db": dbs[i]}
+        for name, got in outputs.items():
+            if got is not None:
+                assert_close_to_ref(name, got, truths[i][name], baselines[i][name])
+                found[f"{name}{i}"] = got
+        assert not s[:, offset + R : -(-(offset + R) // 16) * 16].any()
+    if dx is not None:
+        truth = sum(t["dx"] for t in truths)
+        assert isinstance(truth, Tensor)
+        low = sum(b["dx"].float() for b in baselines)
+        assert isinstance(low, Tensor)
+        assert_close_to_ref("dx", dx, truth, low.to(dx.dtype))
+        found["dx"] = dx
+    return found

@@ -18,10 +18,11 @@ from lora_fused.backends import torch_ops
 from lora_fused.backends.torch_ops import flatten
 from lora_fused.backends.triton import launch
 from lora_fused.backends.triton.candidates import candidates, default_tiles
+from lora_fused.backends.triton.group import group_backward, group_forward
 from lora_fused.config import Mask, Problem, Route
 
 __all__ = [
-    "candidates", "matmul", "not_supported_reasons", "reduce", "reduce_pair", "shrink",
+    "candidates", "group_backward", "group_forward", "matmul", "not_supported_reasons", "reduce", "reduce_pair", "shrink",
     "shrink_matmul", "shrink_reduce", "takes_wide_adapters",
 ]  # fmt: skip
 
@@ -178,24 +179,20 @@ def reduce_pair(
     One launch for both, and one for the sums in fixed order where the tokens are split.
     """
     members: list[tuple[Tensor, Tensor, Mask | None, bool, torch.dtype]] = []
-    if da_dtype is not None and ds is not None and x is not None:
+    if da_dtype is not None:
+        assert ds is not None and x is not None
         members.append((flatten(x), ds, mask, True, da_dtype))
-    if db_dtype is not None and dy is not None and s is not None:
+    if db_dtype is not None:
+        assert dy is not None and s is not None
         members.append((flatten(dy), s, None, False, db_dtype))
     if not members:
         return None, None
     tiles = route.config.reduce_tiles
-    if tiles is None and mask is None:
-        found = [_library_reduce(*member) for member in members]
+    if tiles is None and (mask is None or da_dtype is None):
+        found = [launch.library_reduce(*member) for member in members]
     else:
         found = launch.reduce(tiles or default_tiles(route.problem, "reduce"), members)
     return None if da_dtype is None else found[0], None if db_dtype is None else found[-1]
-
-
-def _library_reduce(
-    z: Tensor, t: Tensor, mask: Mask | None, transposed: bool, dtype: torch.dtype
-) -> Tensor:
-    return (torch.mm(t.t(), z) if transposed else torch.mm(z.t(), t)).to(dtype)
 
 
 def _matmul(

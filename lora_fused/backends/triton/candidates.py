@@ -172,7 +172,9 @@ def is_legal(problem: Problem, choice: Shipped) -> bool:
     """Whether the kernels can run the problem with these tiles, and with no much smaller ones."""
     tiles = choice.tiles
     if choice.operation in ("shrink", "reduce"):
-        return tiles.block_r == skinny_block(_rank(problem), choice.kind)
+        together = choice.operation == "reduce" and not problem.dropout
+        rank = problem.R if together else _rank(problem)  # a group's stacked ds, or one member's
+        return tiles.block_r == skinny_block(rank, choice.kind)
     if tiles.block_m > max(64, _power_of_two(problem.M)):
         return False
     if problem.dropout and choice.operation == "dx" and _is_wide(tiles):

@@ -117,6 +117,13 @@ def reduce(
     return outputs
 
 
+def library_reduce(
+    z: Tensor, t: Tensor, mask: Mask | None, transposed: bool, dtype: torch.dtype
+) -> Tensor:
+    """One member of `reduce` by torch; mask is None."""
+    return (torch.mm(t.t(), z) if transposed else torch.mm(z.t(), t)).to(dtype)
+
+
 def _add_parts(sums: list[arguments.Sum], parts: int) -> None:
     """Add the partial sums of all members in one launch, if there are any."""
     if sums:
