@@ -1,0 +1,1 @@
+RESOURCES: dict[str, tuple[int, int]] = {}
