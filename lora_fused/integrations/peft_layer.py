@@ -16,6 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from lora_fused.dispatch import route_for
 from lora_fused.explain import LayerReport, needs_of
 from lora_fused.functional import call_layer
+from lora_fused.group import LoRAWeights
+from lora_fused.integrations.group_window import Member, call_in_group, facts_of
 from lora_fused.integrations.peft_guards import (
     BASE_ADAPTER,
     DISABLED,
@@ -86,9 +88,30 @@ class FusedLinear(Linear):
             self._lora_fused.count_stock(reason)
             return super().forward(x, *args, **kwargs)
         self._lora_fused.count_fused()
-        if adapter_names is None:
-            return fused_call(self, x, adapters)
-        return mixed_batch_call(self, x, adapter_names)
+        if adapter_names is not None:
+            return mixed_batch_call(self, x, adapter_names)
+        y = None if torch.compiler.is_compiling() else call_in_group(self, x)
+        return fused_call(self, x, adapters) if y is None else y
+
+    def as_member(self, x: Tensor) -> Member | str:
+        """This layer, called on x, as a member of a group; why not, in words."""
+        layer: Any = self
+        adapters = [a for a in self.active_adapters if a in self.lora_A]
+        reason = _why_stock(self, x, (), {}, adapters)
+        if reason is not None:
+            return reason
+        if any(drops(self, name) for name in adapters):
+            return "each layer draws its own dropout mask"
+        weight, lora_A, lora_B, bias, scaling = _operands(layer, adapters)
+        parts = [self.base_layer, *(child(self, part, name) for name in adapters
+                                    for part in ("lora_A", "lora_B"))]  # fmt: skip
+        tensors = [parameter(part, name) for part in parts for name in ("weight", "bias")]
+        return Member(
+            LoRAWeights(weight, lora_A, lora_B, scaling, bias),
+            self._lora_fused.options.backend,
+            tuple(adapters),
+            facts_of(tensors, *(float(layer.scaling[name]) for name in adapters)),
+        )
 
     def explain_call(self, name: str, x: Tensor) -> LayerReport:
         """What lora_fused.explain reports of this layer."""
