@@ -24,8 +24,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_fused.dispatch import resolve_backend
 from lora_fused.integrations import grouping
-from lora_fused.integrations.peft_guards import NO_ADAPTER, Options, why_stock_layer
-from lora_fused.integrations.peft_layer import Acceleration, FusedLinear
+from lora_fused.integrations.acceleration import Acceleration
+from lora_fused.integrations.guards import NO_ADAPTER, Options
+from lora_fused.integrations.peft_guards import why_stock_layer
+from lora_fused.integrations.peft_layer import FusedLinear
 from lora_fused.integrations.report import LayerStatus, Report
 
 __all__ = ["FusedLinear", "Report", "accelerate", "accelerated", "explain", "register", "restore"]
