@@ -2,65 +2,30 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from lora_fused.dispatch import route_for
 from lora_fused.explain import LayerReport, needs_of
 from lora_fused.functional import call_layer
+from lora_fused.group import LoRAWeights
+from lora_fused.integrations.acceleration import Acceleration
+from lora_fused.integrations.group_window import Member, call_in_group, facts_of
+from lora_fused.integrations.guards import DISABLED, MERGED, NO_ADAPTER, parameter, torch_mask
 from lora_fused.integrations.peft_guards import (
     BASE_ADAPTER,
-    DISABLED,
-    MERGED,
-    NO_ADAPTER,
-    NOTHING_TO_FUSE,
-    Options,
     child,
     drops,
-    parameter,
     why_stock_input,
     why_stock_layer,
 )
 
 _KNOWN_ARGUMENTS = {"adapter_names", "alora_offsets"}
-
-
-@dataclass
-class Acceleration:
-    """What an accelerated layer carries besides PEFT's own attributes.
-
-    stock counts the calls left to PEFT by reason; announced holds the reasons the user was told.
-    """
-
-    options: Options = field(default_factory=Options)
-    fused: int = 0
-    stock: Counter[str] = field(default_factory=Counter)
-    announced: set[str] = field(default_factory=set)
-
-    def count_stock(self, reason: str) -> None:
-        """Count a call left to PEFT; warn at the first one of a reason that nobody announced."""
-        if torch.compiler.is_compiling():
-            return
-        self.stock[reason] += 1
-        if reason not in NOTHING_TO_FUSE and reason not in self.announced:
-            self.announced.add(reason)
-            warnings.warn(
-                f"lora_fused: a PEFT layer runs on PEFT's own forward: {reason}. "
-                "lora_fused.integrations.peft.explain(model) lists all such layers.",
-                stacklevel=4,
-            )
-
-    def count_fused(self) -> None:
-        if not torch.compiler.is_compiling():
-            self.fused += 1
 
 
 class FusedLinear(Linear):
@@ -86,9 +51,30 @@ class FusedLinear(Linear):
             self._lora_fused.count_stock(reason)
             return super().forward(x, *args, **kwargs)
         self._lora_fused.count_fused()
-        if adapter_names is None:
-            return fused_call(self, x, adapters)
-        return mixed_batch_call(self, x, adapter_names)
+        if adapter_names is not None:
+            return mixed_batch_call(self, x, adapter_names)
+        y = None if torch.compiler.is_compiling() else call_in_group(self, x)
+        return fused_call(self, x, adapters) if y is None else y
+
+    def as_member(self, x: Tensor) -> Member | str:
+        """This layer, called on x, as a member of a group; why not, in words."""
+        layer: Any = self
+        adapters = [a for a in self.active_adapters if a in self.lora_A]
+        reason = _why_stock(self, x, (), {}, adapters)
+        if reason is not None:
+            return reason
+        if any(drops(self, name) for name in adapters):
+            return "each layer draws its own dropout mask"
+        weight, lora_A, lora_B, bias, scaling = _operands(layer, adapters)
+        parts = [self.base_layer, *(child(self, part, name) for name in adapters
+                                    for part in ("lora_A", "lora_B"))]  # fmt: skip
+        tensors = [parameter(part, name) for part in parts for name in ("weight", "bias")]
+        return Member(
+            LoRAWeights(weight, lora_A, lora_B, scaling, bias),
+            self._lora_fused.options.backend,
+            tuple(adapters),
+            facts_of(tensors, *(float(layer.scaling[name]) for name in adapters)),
+        )
 
     def explain_call(self, name: str, x: Tensor) -> LayerReport:
         """What lora_fused.explain reports of this layer."""
@@ -140,7 +126,7 @@ def fused_call(layer: Any, x: Tensor, adapters: Sequence[str]) -> Tensor:
     if adapters and drops(layer, adapters[0]):
         p = child(layer, "lora_dropout", adapters[0]).p
         if options.match_torch_rng:
-            keep = _torch_mask(x, p, lora_A.dtype)
+            keep = torch_mask(x, p, lora_A.dtype)
     return call_layer(x, weight, lora_A, lora_B, bias, scaling, p, None, options.backend, keep=keep)
 
 
@@ -186,12 +172,6 @@ def _bias(layer: Any, adapters: Sequence[str]) -> Tensor | None:
         scaled = lora_bias.to(wide) * layer.scaling[name]
         bias = scaled if bias is None else bias.to(wide) + scaled
     return bias
-
-
-def _torch_mask(x: Tensor, p: float, dtype: torch.dtype) -> Tensor:
-    """The mask that F.dropout would draw for x: bool, of its shape."""
-    ones = torch.ones_like(x, dtype=dtype, requires_grad=False)
-    return nn.functional.dropout(ones, p) != 0
 
 
 def mixed_batch_call(layer: FusedLinear, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
