@@ -1,28 +1,21 @@
-"""Tensor parallelism on 2 and 4 gloo processes: every layout against one process, and the styles."""
+"""Tensor parallelism on 2 and 4 gloo processes: every layout against one process, and the rules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-
-from lora_fused.testing import Case, assert_close_to_ref, make_case
-from tests.processes import JobFailed, World
-
-dist = pytest.importorskip("torch.distributed")
-if not dist.is_available() or not dist.is_gloo_available():
-    pytest.skip("torch was built without gloo", allow_module_level=True)
-
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from lora_fused import FusedLoRALinear, LoRAWeights, lora_linear, lora_linear_group
 from lora_fused.distributed import ColwiseLoRA, RowwiseLoRA
+from lora_fused.testing import Case, assert_close_to_ref, make_case
+from tests.processes import JobFailed, World
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
 # placements of x, weight, lora_A, lora_B, bias
@@ -38,21 +31,6 @@ PLACEMENTS: dict[str, tuple[Placement, ...]] = {
 FOUR = list(enumerate(("x", "weight", "lora_A", "lora_B")))
 NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 GRADIENTS = ("dx", "dweight", "da", "db", "dbias")
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    """Two processes."""
-    world = World(2)
-    yield world
-    world.stop()
-
-
-@pytest.fixture(scope="module")
-def world4() -> Iterator[World]:
-    world = World(4)
-    yield world
-    world.stop()
 
 
 def mesh_of(*sizes: int) -> DeviceMesh:
@@ -211,7 +189,7 @@ def errors() -> None:
     with pytest.raises(ValueError, match="lora_B has shape"):
         lora_linear(x, w, a, b[:, :3], 2.0)
     other = distribute_tensor(case.lora_B, DeviceMesh("cpu", [1, 0]), [R])
-    with pytest.raises(ValueError, match="expected .* the mesh of x"):
+    with pytest.raises(ValueError, match=r"expected .* the mesh of x"):
         lora_linear(x, w, a, other, 2.0)
     with pytest.raises(TypeError, match="ColwiseLoRA: the module is a Linear, expected a Fused"):
         parallelize_module(nn.Sequential(nn.Linear(4, 4)), mesh, {"0": ColwiseLoRA()})
