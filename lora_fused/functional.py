@@ -79,6 +79,10 @@ def call_layer(
     keep [..., K], bool: the dropout mask, drawn by the caller with probability dropout_p. Not
     where calls are recorded or transformed.
     """
+    if is_distributed(weight) or is_distributed(x):
+        from lora_fused.distributed import call_sharded
+
+        return call_sharded(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, backend)
     if torch._C._are_functorch_transforms_active() or is_traced():
         return _recorded(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, backend)
     mask, scale = None, scaling
@@ -147,6 +151,15 @@ def is_traced() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
     )
+
+
+def is_distributed(t: Tensor) -> bool:
+    """Whether a tensor is a DTensor. Answered without importing torch.distributed for others."""
+    if type(t) is Tensor or type(t) is torch.nn.Parameter:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(t, DTensor)
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ from lora_fused.backends import BACKENDS
 from lora_fused.backends.torch_ops import flatten
 from lora_fused.config import Call
 from lora_fused.dispatch import route_for
-from lora_fused.functional import call_layer, draw_seed, is_traced, make_mask
+from lora_fused.functional import call_layer, draw_seed, is_distributed, is_traced, make_mask
 from lora_fused.group_hook import PARAMS
 from lora_fused.reference import dropout_threshold, effective_scaling
 
@@ -53,7 +53,7 @@ def lora_linear_group(
     Returns one y [..., N_i] per member. Raises what lora_linear raises.
     """
     ps = [m.dropout_p if training else 0.0 for m in members]
-    if torch._C._are_functorch_transforms_active() or is_traced():
+    if torch._C._are_functorch_transforms_active() or is_traced() or is_distributed(x):
         return [
             call_layer(x, *m.params, m.scaling, p, m.seed, backend)
             for m, p in zip(members, ps, strict=True)
