@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from lora_fused import (
     LoRAWeights,
-    autotune,
     backends,
     dispatch,
     gpu_choice,
@@ -495,9 +494,11 @@ def test_the_library_draws_its_mask_on_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_order_of_the_library_on_gpus(
     dropout_p: float, bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_ops, "on_gpu", lambda x: True)
+    original_problem, original = dispatch.problem_of, torch_ops.rank_first
+    monkeypatch.setattr(
+        dispatch, "problem_of", lambda *args: replace(original_problem(*args), device_type="cuda")
+    )
     seen: list[str] = []
-    original = torch_ops.rank_first
     monkeypatch.setattr(
         torch_ops, "rank_first", lambda *args: seen.append("rank first") or original(*args)
     )
@@ -505,7 +506,3 @@ def test_the_order_of_the_library_on_gpus(
     assert seen == ["rank first"] * 2
     check_case(make_case(24, 64, 48, 0, dtype, bias=bias), "torch")
     assert len(seen) == 2
-
-
-def test_autotune_enabled_is_what_both_tuners_ask() -> None:
-    assert autotune.enabled()
