@@ -25,6 +25,7 @@ from lora_fused import (
     lora_linear,
     lora_linear_group,
     selfcheck,
+    small_check,
 )
 from lora_fused.backends import torch_ops
 from lora_fused.config import Config, Problem
@@ -195,7 +196,7 @@ def test_everything_wrong_ends_on_the_library(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.usefixtures("gpu")
 def test_a_check_that_never_came_back_counts_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = selfcheck.Kernel(
+    kernel = small_check.Kernel(
         DEVICES["H100"], "triton", "forward", "s_first",
         fake_backend.candidates(PROBLEM, DEVICES["H100"], "forward")[1].tiles, torch.bfloat16,
     )  # fmt: skip
