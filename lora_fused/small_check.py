@@ -97,7 +97,7 @@ def _problem_of(
     cases: Sequence[Case], kernel: Kernel, where: torch.device, by_column: bool
 ) -> Problem:
     M, K = cases[0].x.shape
-    sizes = tuple(tuple(case.lora_B.shape) for case in cases)
+    sizes = tuple((case.lora_B.shape[0], case.lora_B.shape[1]) for case in cases)
     return Problem(
         M, K, sum(n for n, _ in sizes),
         group_columns([r for _, r in sizes])[1] if kernel.grouped else sizes[0][1],
