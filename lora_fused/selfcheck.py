@@ -68,6 +68,13 @@ def verdict(kernel: Kernel, where: torch.device, may_run: bool = True) -> str | 
     return known
 
 
+def check_again(kernel: Kernel, where: torch.device) -> str:
+    """Check now, whatever was known; the new verdict replaces the old one. As `verdict`."""
+    with _lock:
+        _verdicts[kernel] = _check(kernel, where)
+        return _verdicts[kernel]
+
+
 def forget() -> None:
     """Forget what this process knows, so that the files are read again."""
     with _lock:

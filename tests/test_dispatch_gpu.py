@@ -41,7 +41,7 @@ PROBLEM = Problem(8192, 4096, 4096, 16, torch.bfloat16, "cuda", needs=NEEDS, dev
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("LORA_FUSED_CACHE_DIR", str(tmp_path))
-    with pretended_gpu(monkeypatch):
+    with pretended_gpu():
         yield
 
 
@@ -103,8 +103,8 @@ def test_only_legal_configurations_and_the_library_always(
         gpu_choice.options.cache_clear()
 
 
-def test_a_gpu_without_our_kernels_takes_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pretended_gpu(monkeypatch, names=()):
+def test_a_gpu_without_our_kernels_takes_the_library() -> None:
+    with pretended_gpu(names=()):
         run()
         config = config_of()
         assert config.backend == "torch" and config.forward == config.dx == "library"
@@ -115,7 +115,7 @@ def test_a_gpu_without_our_kernels_takes_the_library(monkeypatch: pytest.MonkeyP
 
 def test_large_problems_by_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_FUSED_AUTOTUNE", "0")
-    with pretended_gpu(monkeypatch, names=("cuda", "triton")):
+    with pretended_gpu(names=("cuda", "triton")):
         config = dispatch.choose(PROBLEM)
         assert config.backend == "cuda" and config.forward == "s_first"
         assert config.predicted_us is not None and config.measured_us is None
@@ -459,8 +459,8 @@ def test_a_group_is_run_as_one_or_member_by_member(monkeypatch: pytest.MonkeyPat
     assert "group_forward" not in fake_backend.calls
 
 
-def test_the_library_draws_its_mask_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pretended_gpu(monkeypatch, names=()):
+def test_the_library_draws_its_mask_on_a_gpu() -> None:
+    with pretended_gpu(names=()):
         case = make_case(64, 64, 48, 16)
         x = case.x.requires_grad_()
         torch.manual_seed(3)
