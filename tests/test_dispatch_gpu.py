@@ -16,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_fused import (
+    FusedLoRALinear,
     LoRAWeights,
     backends,
     dispatch,
+    explain,
     gpu_choice,
     gpu_store,
     gpu_tuning,
@@ -507,3 +509,37 @@ def test_the_order_of_the_library_on_gpus(
     assert seen == ["rank first"] * 2
     check_case(make_case(24, 64, 48, 0, dtype, bias=bias), "torch")
     assert len(seen) == 2
+
+
+# --- explain ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("gpu")
+def test_explain_tells_times_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(route, direction, *rest):  # type: ignore[no-untyped-def]
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(gpu_tuning, "stopwatch", Clock(0.001, shrink=0.0007, reduce=0.002))
+    monkeypatch.setattr(fake_backend, "shrink_matmul", wrong)
+    layer = FusedLoRALinear(4096, 4096, r=16, dtype=torch.bfloat16)
+    x = torch.randn(64, 4096, dtype=torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        text = str(explain(layer, x))
+    assert "M=64 K=4096 N=4096 R=16 bfloat16 on H100" in text
+    assert "runs on  triton: forward split" in text and "dx split" in text
+    assert "us modelled" in text and "us measured, all launches of the layer" in text
+    assert "forward: triton split 128x256x64" in text
+    assert "not triton s_first" in text and "demoted, RuntimeError: no kernel image" in text
+    assert "cuda: it is not in this installation" in text
+    assert "the native CPU kernels" not in text
+
+
+@pytest.mark.usefixtures("gpu")
+def test_explain_tells_what_was_slower_when_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_tuning, "stopwatch", Clock(0.001, shrink=0.002, reduce=0.002))
+    layer = FusedLoRALinear(4096, 4096, r=16, dtype=torch.bfloat16)
+    text = str(explain(layer, torch.randn(64, 4096, dtype=torch.bfloat16)))
+    assert "runs on  torch: forward library" in text
+    assert "forward: library" in text and "1000.0 us measured" in text
+    assert "2000.0 us measured: measured slower" in text
