@@ -63,6 +63,8 @@ def test_other_imports_are_refused() -> None:
         hub.relocated("import numpy", "x.py")
     with pytest.raises(ValueError, match=r"x\.py imports scipy"):
         hub.relocated("from scipy.linalg import svd", "x.py")
+    with pytest.raises(ValueError, match="import_module needs a relative name"):
+        hub.relocated('importlib.import_module(f"lora_fused.{name}")', "x.py")
     with pytest.raises(ValueError, match="write `from lora_fused import"):
         hub.relocated("import lora_fused.group", "x.py")
 

@@ -86,8 +86,9 @@ def write_kernel(folder: Path) -> Path:
         for name, text in files.items():
             (variant / name).parent.mkdir(parents=True, exist_ok=True)
             (variant / name).write_text(text.replace(_NAMESPACE, ident), encoding="utf-8")
-        for library in _native():
-            shutil.copy2(library, variant / library.name)
+        for file in (*_native(), *_data()):
+            (variant / file.relative_to(_SOURCE)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, variant / file.relative_to(_SOURCE))
         text = json.dumps(_metadata(ident, backend), indent=2)
         (variant / "metadata.json").write_text(text + "\n", encoding="utf-8")
     (folder / "build.toml").write_text(_BUILD, encoding="utf-8")
@@ -123,6 +124,8 @@ def relocated(text: str, name: str) -> str:
 
     name: its path below the package. Raises ValueError for an import that a kernel may not have.
     """
+    if re.search(r"import_module\(f?.lora_fused", text):
+        raise ValueError(f"{name}: import_module needs a relative name to be loaded from the hub.")
     lines = text.split("\n")
     up = "." * (name.count("/") + 1)
     for node in ast.walk(ast.parse(text)):
@@ -155,6 +158,12 @@ def _check(root: str, name: str) -> None:
 
 def _native() -> list[Path]:
     return sorted(_SOURCE.glob("_C*.so")) + sorted(_SOURCE.glob("_C*.pyd"))
+
+
+def _data() -> list[Path]:
+    """What lies beside the backends' modules and is not Python."""
+    files = (path for path in (_SOURCE / "backends").rglob("*") if path.is_file())
+    return [path for path in files if path.suffix not in (".py", ".pyc")]
 
 
 def _metadata(ident: str, backend: str) -> dict[str, object]:
