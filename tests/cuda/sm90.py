@@ -25,9 +25,9 @@ from .compile import ptx
 
 SOURCE = "csrc/cuda/sm90/matmul.cu"
 ARCH = "sm_90a"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 MEMBERS = 3
-WORDS = 4  # of the workspace, in front of the flags
+WORDS = 2  # of the workspace, in front of the flags
 THREADS, REGISTERS = 384, 168
 STAGES = {256: 4, 128: 6}
 NOBODY = 2**31 - 1
@@ -225,16 +225,12 @@ class Launch:
 
     def map(self, tensor: Tensor, box: tuple[int, int]) -> TensorMap:
         storage = self.storages[tensor.untyped_storage().data_ptr()]
-        stride = 2 * tensor.untyped_storage().nbytes() // 2 // max(1, self.rows_of(tensor))
-        kind = self.case.dtype.replace("fp", "f")
-        return _At(2 * tensor.storage_offset(), storage, kind, tensor.shape, box, 128, (stride, 2))
-
-    @staticmethod
-    def rows_of(tensor: Tensor) -> int:
-        return tensor.untyped_storage().nbytes() // (2 * tensor.stride(0))
+        strides = (2 * tensor.stride(0), 2)
+        start = 2 * tensor.storage_offset()
+        return _At(start, storage, self.case.dtype, tensor.shape, box, 128, strides)
 
     def maps(self) -> list:
-        """x, w, a, s, b, y, s_out of every member; boxes as csrc/cuda/arguments.h says."""
+        """x, w, a, s, b, y, s_out of every member; boxes as csrc/cuda/sm90/arguments.h says."""
         block, tall, store = (64, 64), (128, 64), (16, 64)
         outputs = [self.s_storage] if self.joint else self.s
         groups = [(self.x, tall), (self.w, block), (self.a, block), (self.s, tall), (self.b, block)]
@@ -273,6 +269,7 @@ class Launch:
         row_tiles = -(-case.M // (128 * case.cluster))
         outputs = case.sizes if case.forward else case.sizes[:1]
         column_tiles = sum(-(-n // case.block_n) for n, *_ in outputs)
+        self.error = torch.zeros(1, dtype=torch.int32)
         self.workspace = torch.zeros(WORDS + row_tiles * case.cluster, dtype=torch.int32)
         numbers = (
             case.M,
@@ -287,6 +284,7 @@ class Launch:
             *self.maps(),
             *self.members(),
             bits(self.workspace),
+            bits(self.error),
             np.float32(self.scale),
             *map(np.int32, numbers),
         )

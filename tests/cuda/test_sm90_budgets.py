@@ -13,7 +13,7 @@ from .sm90 import ARCH, SOURCE, Case, shared_bytes
 DIRECTIONS = ("forward", "dx", "dx_masked")
 KERNELS = [
     f"lora_matmul_sm90_{dtype}_{direction}_n{block_n}"
-    for dtype, direction, block_n in product(("bf16", "fp16"), DIRECTIONS, (128, 256))
+    for dtype, direction, block_n in product(("bf16", "f16"), DIRECTIONS, (128, 256))
 ]
 MAX_SHARED = 232448
 # Instructions that may stand between two HGMMAs of a stage: addresses and descriptors.
