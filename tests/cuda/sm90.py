@@ -150,7 +150,10 @@ class Launch:
         self.joint = case.forward and not case.separate
         self.starts = np.cumsum([0, *(-(-r // 8) * 8 for r in ranks)]).tolist()
         self.total = self.starts[-1] if len(sizes) > 1 else ranks[0]
-        self.scale = effective_scaling(SCALING, case.p)
+        same = self.joint or len(sizes) == 1
+        self.scales = [
+            effective_scaling(SCALING + (0 if same else i), case.p) for i in range(len(sizes))
+        ]
         self.mask_columns = sizes[0][1 if case.forward else 0]
 
         self.x = [self.random(M, d) for _, d, _ in (sizes[:1] if case.forward else sizes)]
@@ -205,7 +208,7 @@ class Launch:
                 )
                 turned = (w.T, a.T, b.T) if case.forward else (w, a, b)
                 keep = self.keep(i).to(dtype)
-                s = self.scale * ((x * keep if case.forward else x) @ turned[1])
+                s = self.scales[i] * ((x * keep if case.forward else x) @ turned[1])
                 low = s @ turned[2]
                 y = x @ turned[0] + (low if case.forward else keep * low)
                 bias = self.bias[i]
@@ -257,7 +260,12 @@ class Launch:
                 np.uint64(0) if bias is None else self.storages[bias.untyped_storage().data_ptr()]
             ]
             fields += [np.uint32(self.total if self.joint else rank), np.uint32(rank)]
-            fields += [np.int32(-(-depth // 64)), np.int32(n), np.int32(first_tile), np.int32(0)]
+            fields += [
+                np.int32(-(-depth // 64)),
+                np.int32(n),
+                np.int32(first_tile),
+                np.float32(self.scales[i]),
+            ]
             first_tile += -(-n // case.block_n) if case.forward else 0
         return fields
 
@@ -285,7 +293,6 @@ class Launch:
             *self.members(),
             bits(self.workspace),
             bits(self.error),
-            np.float32(self.scale),
             *map(np.int32, numbers),
         )
 

@@ -100,7 +100,7 @@ NUMBERS = [
     Fault("mn-major-leading", DX, "4611686293338849280", 0, "4611686293305360384"),
     Fault("philox-multiplier", DROPOUT, "3528531795", 0, "3528531797"),
     Fault("philox-multiplier-dx", MASKED, "3528531795", 0, "3528531797"),
-    Fault("scale-of-s", LONG, r"\+2896\]", 0, "+2888]"),
+    Fault("scale-of-s", LONG, r"ld\.param\.f32\s+(%f\d+), [^;]*;", 0, r"mov.f32 \g<1>, 0f3F800000;"),
     Fault("flag-kept", LAYER, r"st\.relaxed[^;]*;", 1, ""),
 ]  # fmt: skip
 

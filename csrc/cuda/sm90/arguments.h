@@ -23,6 +23,7 @@ struct Layer {
   const void* bias = nullptr;  // [columns] or null; forward
   cuda::Mask mask;             // of x in the forward pass, of the rank-R part in dx
   i64 columns = 0, depth = 0, rank = 0;
+  float scale = 0;  // of the s that its S tiles compute
   // What this layer's S tiles compute: shrink_rank columns from shrink_s.data on. Layers that share x may
   // have it all done by the first, with their adapters stacked in its `a`; 0: no S tiles.
   Output shrink_s;
@@ -35,7 +36,6 @@ struct MatmulLaunch {
   bool dx = false;
   int members = 1;
   Layer layer[kMaxMembers];
-  float scale = 0;
   u32* words = nullptr;  // words_of(launch), zero before the first launch and after each
   u32* error = nullptr;
   int block_n = 256;      // 128 or 256
@@ -51,7 +51,7 @@ struct Member {
   int depth_blocks = 0;  // blocks of 64 of the contraction over x
   int columns = 0;       // of y
   int first_tile = 0;    // forward: the column tile at which this member begins; INT_MAX: no such member
-  int reserved = 0;
+  float scale = 0;       // of s and of the S tiles
 };
 
 // Boxes of rows x columns: x and s 128 x 64, w, a and b 64 x 64, y and s_out 16 x 64; 128-byte swizzle.
@@ -61,7 +61,6 @@ struct MatmulArgs {
   Member member[kMaxMembers];
   u32* words = nullptr;
   u32* error = nullptr;
-  float scale = 0;
   int rows = 0;  // M
   int members = 1;
   int shrink_members = 0;  // members with S tiles; 0: s is given (split)

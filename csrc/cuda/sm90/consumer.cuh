@@ -117,7 +117,7 @@ struct Consumer {
     const int number = -1 - tile.column, index = number / args.shrink_passes;
     const int column = number % args.shrink_passes * args.shrink_blocks * 64;
     const Member& member = args.member[index];
-    const Destination to{&args.s_out[index], nullptr, args.scale, int(args.rows), int(member.shrink_rank)};
+    const Destination to{&args.s_out[index], nullptr, member.scale, int(args.rows), int(member.shrink_rank)};
     if (uniform(args.shrink_blocks) > 1) {
       float accum[G::kAccumulators];
       contract<G::BLOCK_N>(accum, uniform(member.depth_blocks));

@@ -48,8 +48,12 @@ struct Variant {
     reinterpret_cast<const void*>(lora_matmul_sm90_##math##_##direction##_n##block_n)}},
 const Variant kVariants[] = {LORA_FUSED_SM90_KERNELS(LORA_FUSED_ENTRY)};
 
+bool has_dropout(const MatmulLaunch& p) {
+  return std::any_of(p.layer, p.layer + p.members, [](const Layer& l) { return l.mask.threshold != 0; });
+}
+
 const Variant& variant_of(Math math, const MatmulLaunch& p) {
-  const bool masked = p.layer[0].mask.threshold != 0;
+  const bool masked = has_dropout(p);
   const Direction direction = !p.dx ? Direction::forward : masked ? Direction::dx_masked : Direction::dx;
   for (const Variant& v : kVariants)
     if (v.math == math && v.direction == direction && v.block_n == p.block_n) return v;
@@ -65,15 +69,12 @@ void check(const MatmulLaunch& p) {
   check_size("M", p.M);
   if (p.members < 1 || p.members > kMaxMembers) refuse("members", p.members, "1 to 3");
   if (p.cluster != 1 && p.cluster != 2) refuse("cluster", p.cluster, "1 or 2");
-  const bool dropout = p.layer[0].mask.threshold != 0;
-  const bool wide = p.shrink_blocks == p.block_n / 64 && (p.dx || !dropout);
+  const bool wide = p.shrink_blocks == p.block_n / 64 && (p.dx || !has_dropout(p));
   if (p.shrink_blocks != 1 && !wide)
     refuse("shrink_blocks", p.shrink_blocks, "1, or block_n / 64 without dropout");
   for (int i = 0; i < p.members; ++i) {
     const Layer& layer = p.layer[i];
     check_size("columns", layer.columns), check_size("depth", layer.depth), check_size("R", layer.rank);
-    if ((layer.mask.threshold != 0) != dropout)
-      refuse("threshold", layer.mask.threshold, "dropout in all members or none");
     if (p.dx && layer.columns != p.layer[0].columns)
       refuse("columns", layer.columns, "as many as the first member's");
     if (!p.dx && layer.depth != p.layer[0].depth) refuse("depth", layer.depth, "that of the first member");
@@ -120,6 +121,7 @@ void fill_member(MatmulArgs& args, const Variant& v, const MatmulLaunch& p, int 
   Member& member = args.member[i];
   member.mask = layer.mask;
   member.bias = layer.bias;
+  member.scale = layer.scale;
   member.shrink_rank = static_cast<u32>(layer.shrink_rank);
   member.rank = static_cast<u32>(layer.rank);
   member.depth_blocks = static_cast<int>(tiles(layer.depth, 64));
@@ -134,7 +136,6 @@ MatmulArgs arguments(const Variant& v, const MatmulLaunch& p) {
   args.rows = static_cast<int>(p.M);
   args.members = p.members;
   args.shrink_blocks = p.shrink_blocks;
-  args.scale = p.scale;
   args.words = p.words;
   args.error = p.error;
   for (int i = 0; i < p.members; ++i) fill_member(args, v, p, i);
