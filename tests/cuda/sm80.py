@@ -1,17 +1,18 @@
-"""The sm_80 matmul in the emulator: its variants, its argument struct, and runs against the reference."""
+"""The sm_80 matmul in the emulator: variants, arguments, runs against the reference."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lora_fused.reference import keep_mask
+from lora_fused.reference import effective_scaling
+from lora_fused.testing import Case, assert_close_to_ref
 from tests.ptx_emulator import Report, Struct, Uninitialised
 
 from .compile import ROOT, launch, ptx
@@ -120,7 +121,7 @@ def vectors(tensor: Tensor, contiguous: int) -> bool:
 
 @dataclass
 class Projection:
-    """One member of a launch in the kernel's orientation: w [N, D], shrink [R, D], expand [N, R]."""
+    """One member, as the kernel sees it: w [N, D], shrink [R, D], expand [N, R]."""
 
     w: Tensor
     shrink: Tensor
@@ -141,7 +142,6 @@ class Problem:
     group_m: int = 8
     workspace: Tensor | None = None
     seed_on_device: bool = False
-    keep: dict = field(default_factory=dict)
 
 
 def _chunks(problem: Problem, begins: Sequence[int], width: int) -> list[int]:
@@ -220,4 +220,67 @@ def run(
     return report, s
 
 
-__all__ = ["kernel_text","SHIPPED", "Problem", "Projection", "Variant", "keep_mask", "replace", "run", "variant"]
+# ---- against the reference -----------------------------------------------------------------------
+
+
+def tf32(tensor: Tensor) -> Tensor:
+    """fp32 values rounded to TF32, ties away from zero."""
+    bits = tensor.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def baseline(case: Case) -> dict[str, Tensor]:
+    """Plain torch in the dtype under test; fp32 with TF32 multiplications."""
+    if case.x.dtype != torch.float32:
+        return _with_ds(case, case.baseline())
+    names = ("x", "weight", "lora_A", "lora_B", "dy")
+    rounded = replace(case, **{name: tf32(getattr(case, name)) for name in names})
+    return _with_ds(rounded, rounded.baseline())
+
+
+def truth(case: Case) -> dict[str, Tensor]:
+    return _with_ds(replace(case, dy=case.dy.double(), lora_B=case.lora_B.double()), case.truth())
+
+
+def _with_ds(case: Case, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    scale = effective_scaling(case.scaling, case.dropout_p)
+    return (
+        outputs | {"ds": ((case.dy @ case.lora_B).float() * scale).to(case.dy.dtype)}
+        if (case.dy.dtype != torch.float64)
+        else outputs | {"ds": case.dy @ case.lora_B * scale}
+    )
+
+
+def problem_of(case: Case, direction: str, **options) -> Problem:
+    """The forward or dx problem of a case, with outputs to be written."""
+    threshold = round(case.dropout_p * 65536)
+    scale = effective_scaling(case.scaling, case.dropout_p)
+    if direction == "forward":
+        y = torch.zeros(case.x.shape[0], case.weight.shape[0], dtype=case.x.dtype)
+        member = Projection(case.weight, case.lora_A, case.lora_B, y, case.bias, case.seed)
+        return Problem(case.x, [member], scale, threshold=threshold, **options)
+    dx = torch.zeros_like(case.x)
+    adapters = case.lora_B.t(), case.lora_A.t()
+    member = Projection(case.weight.t(), *adapters, dx, None, case.seed)
+    masked = {"threshold": threshold, "mask_output": threshold > 0}
+    return Problem(case.dy, [member], scale, **masked, **options)
+
+
+def check(
+    case: Case, direction: str, shipped: Variant, arch: str = "sm_80", **options
+) -> tuple[Problem, Report]:
+    """Run one direction: no finding, numbers by the rule, a workspace that is zero again."""
+    problem = problem_of(case, direction, **options.pop("problem", {}))
+    report, s = run(problem, shipped, arch, **options)
+    report.check()
+    hold(case, direction, problem, s)
+    return problem, report
+
+
+def hold(case: Case, direction: str, problem: Problem, s: Tensor) -> None:
+    names = ("y", "s") if direction == "forward" else ("dx", "ds")
+    expected, allowed = truth(case), baseline(case)
+    outputs = problem.members[0].y, s[:, : case.lora_A.shape[0]]
+    for name, got in zip(names, outputs, strict=True):
+        assert_close_to_ref(name, got, expected[name], allowed[name])
+    assert problem.workspace is not None and not problem.workspace.any()

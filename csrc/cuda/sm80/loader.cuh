@@ -48,7 +48,7 @@ LORA_FUSED_DEVICE void decode_ticket(const MatmulLaunch& args, int ticket, Work&
     work.tail_blocks = blocks_of(work.rank, Tile::BLOCK_K);
   }
   work.row0 = work.tile_m * Tile::BLOCK_M;
-  work.tail_begin = args.mask_output && args.threshold > 0 ? 0 : work.main_blocks;
+  work.tail_begin = work.tail_blocks > 0 && args.mask_output && args.threshold > 0 ? 0 : work.main_blocks;
 }
 
 // The member that owns a stacked rank, or the one before it if the rank is padding between two.
