@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -19,7 +19,7 @@ from .compile import ROOT, launch, ptx
 
 MATHS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "tf32"}
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FLAGS = 4  # words of the workspace before the flags
+FLAGS = 2  # words of the workspace before the flags
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,7 @@ class Problem:
     group_m: int = 8
     workspace: Tensor | None = None
     seed_on_device: bool = False
+    error: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))
 
 
 def _chunks(problem: Problem, begins: Sequence[int], width: int) -> list[int]:
@@ -155,7 +156,7 @@ def _chunks(problem: Problem, begins: Sequence[int], width: int) -> list[int]:
 
 
 def arguments(problem: Problem, shipped: Variant) -> tuple[Struct, Tensor, int]:
-    """(struct MatmulLaunch, s, number of tiles). s is allocated with rows of 16 bytes."""
+    """(struct MatmulArgs, s, number of tiles). s is allocated with rows of 16 bytes."""
     members = problem.members
     M, D = problem.x.shape
     begins, total = [], 0
@@ -175,16 +176,18 @@ def arguments(problem: Problem, shipped: Variant) -> tuple[Struct, Tensor, int]:
         structs.append(
             Struct(
                 *map(_matrix, (member.w, member.shrink, member.expand)),
-                np.int64(0) if member.bias is None else member.bias,
                 _output(member.y),
+                np.int64(0) if member.bias is None else member.bias,
                 torch.tensor([member.seed]) if on_device else np.int64(0),
                 np.uint64(0) if on_device else seed,
+                np.float32(problem.scale),
                 *(N, member.shrink.shape[0], begin, tiles_end),
                 int(not vectors(member.expand, outer)),
                 int(not vectors(member.y, 1)),
+                0,  # to a multiple of 8 bytes
             )
         )
-    unused = Struct(*([np.int64(0)] * 19))
+    unused = Struct(*([np.int64(0)] * 20))
     chunks = len(marks) - 1
     by_elements = not all(vectors(m.shrink, outer) for m in members)
     by_elements |= len(members) > 1 and outer == 0
@@ -197,13 +200,13 @@ def arguments(problem: Problem, shipped: Variant) -> tuple[Struct, Tensor, int]:
         s_struct,
         *structs,
         *([unused] * (3 - len(structs))),
-        np.float32(problem.scale),
+        problem.workspace,
+        problem.error,
         *(M, D, len(members), tiles_m, problem.group_m, chunks),
         *(int(v) for v in np.frombuffer(padded, np.int32)),
         int(by_elements),
         np.uint32(problem.threshold),
         int(problem.mask_output),
-        problem.workspace,
     )
     return struct, s, tiles_m * (chunks + tiles_end)
 
@@ -283,4 +286,5 @@ def hold(case: Case, direction: str, problem: Problem, s: Tensor) -> None:
     outputs = problem.members[0].y, s[:, : case.lora_A.shape[0]]
     for name, got in zip(names, outputs, strict=True):
         assert_close_to_ref(name, got, expected[name], allowed[name])
-    assert problem.workspace is not None and not problem.workspace.any()
+    assert problem.workspace is not None
+    assert not problem.workspace.any() and not problem.error.any()

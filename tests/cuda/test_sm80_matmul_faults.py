@@ -207,7 +207,7 @@ MUTANTS = [
         "race|in-flight",
     ),
     Mutant("work-overwritten", "matmul.cuh", "now == 2 ? 0", "now == 1 ? 0", "race"),
-    Mutant("workspace-left", "matmul.cuh", "if (i != kError)", "if (i < 0)", ""),
+    Mutant("workspace-left", "matmul.cuh", "i < words; i +=", "i < 0; i +=", ""),
     Mutant(
         "last-block-dropped",
         "loader.cuh",
