@@ -68,8 +68,8 @@ class Variant:
 def variants() -> list[Variant]:
     text = (ROOT / "csrc/cuda/sm80/variants.h").read_text()
     found = []
-    for bits, maths in (("16BIT", ("bf16", "f16")), ("32BIT", ("tf32",))):
-        body = re.search(rf"VARIANTS_{bits}\(X, MATH, T\)((?:.*\\\n)*.*)", text)[1]
+    for kind, maths in (("16BIT", ("bf16", "f16")), ("BF16", ("bf16",)), ("32BIT", ("tf32",))):
+        body = re.search(rf"VARIANTS_{kind}\(X, MATH, T\)((?:.*\\\n)*.*)", text)[1]
         for row in re.findall(r"X\(MATH, T, ([^)]*)\)", body):
             *numbers, layout = row.split(", ")
             found += [Variant(math, *map(int, numbers), layout) for math in maths]
@@ -207,6 +207,7 @@ def arguments(problem: Problem, shipped: Variant) -> tuple[Struct, Tensor, int]:
         int(by_elements),
         np.uint32(problem.threshold),
         int(problem.mask_output),
+        0,  # accumulate
     )
     return struct, s, tiles_m * (chunks + tiles_end)
 

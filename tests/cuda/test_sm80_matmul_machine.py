@@ -82,8 +82,8 @@ COUNTED = [
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_traffic_is_the_plan_and_no_bank_is_met_twice(name: str) -> None:
-    """Bytes: each tile reads its rows of x and w once, each S tile x and shrink, y and s are written
-    once. The wavefronts of shared memory are the fewest that the accesses allow."""
+    """Each tile reads its rows of x and w once, each S tile x and shrink; y and s are written once.
+    The wavefronts of shared memory are the fewest that the accesses allow."""
     v = variant(name)
     forward = v.layout == "k_major"
     dtype = {m: d for d, m in MATHS.items()}[v.math]

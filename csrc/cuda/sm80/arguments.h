@@ -41,6 +41,7 @@ struct MatmulLaunch {
   int layers = 1;
   bool s_given = false;  // s is read, not computed (split)
   bool mask_output = false;
+  bool accumulate = false;  // y += instead of y =; the sum is rounded once more
   int block_m = 0, block_n = 0, block_k = 0;
   u32* words = nullptr;  // words_of(launch), zero before the first launch and after each
   u32* error = nullptr;
@@ -73,7 +74,7 @@ struct MatmulArgs {
                   1];  // chunk c computes ranks [chunk_begin[c], chunk_begin[c + 1]) of one scale and mask
   int shrink_by_elements;
   u32 threshold;  // of all masks; 0: none
-  int mask_output;
+  int mask_output, accumulate;
 };
 
 inline std::string describe(const MatmulArgs& args) {

@@ -9,7 +9,7 @@
 #define LORA_FUSED_SM80_NAME(MATH, BM, BN, BK, LAYOUT) lora_matmul_sm80_##MATH##_##BM##x##BN##x##BK##_##LAYOUT
 #define LORA_FUSED_SM80_DECLARE(MATH, T, BM, BN, BK, WM, WN, STAGES, BLOCKS, LAYOUT) \
   extern "C" void LORA_FUSED_SM80_NAME(MATH, BM, BN, BK, LAYOUT)(lora_fused::sm80::MatmulArgs);
-LORA_FUSED_SM80_VARIANTS_16BIT(LORA_FUSED_SM80_DECLARE, bf16, )
+LORA_FUSED_SM80_VARIANTS_BF16(LORA_FUSED_SM80_DECLARE, bf16, )
 LORA_FUSED_SM80_VARIANTS_16BIT(LORA_FUSED_SM80_DECLARE, f16, )
 LORA_FUSED_SM80_VARIANTS_32BIT(LORA_FUSED_SM80_DECLARE, tf32, )
 
@@ -45,7 +45,7 @@ constexpr int size_of(Math math) { return math == Math::tf32 ? 4 : 2; }
    {LORA_FUSED_SM80_QUOTED(LORA_FUSED_SM80_NAME(MATH, BM, BN, BK, LAYOUT)),        \
     reinterpret_cast<const void*>(LORA_FUSED_SM80_NAME(MATH, BM, BN, BK, LAYOUT))}},
 
-const Variant kVariants[] = {LORA_FUSED_SM80_VARIANTS_16BIT(LORA_FUSED_SM80_ENTRY, bf16, )
+const Variant kVariants[] = {LORA_FUSED_SM80_VARIANTS_BF16(LORA_FUSED_SM80_ENTRY, bf16, )
                                  LORA_FUSED_SM80_VARIANTS_16BIT(LORA_FUSED_SM80_ENTRY, f16, )
                                      LORA_FUSED_SM80_VARIANTS_32BIT(LORA_FUSED_SM80_ENTRY, tf32, )};
 
@@ -135,6 +135,7 @@ MatmulArgs arguments(const Variant& v, const MatmulLaunch& p) {
   args.M = static_cast<int>(p.M), args.D = static_cast<int>(p.depth), args.members = p.layers;
   args.tiles_m = static_cast<int>(tiles(p.M, v.block_m)), args.group_m = 8;
   args.threshold = p.layer[0].mask.threshold, args.mask_output = p.mask_output;
+  args.accumulate = p.accumulate;
   args.shrink_by_elements = p.layers > 1 && v.layout == Layout::mn_major;
   i64 columns = 0;
   for (int i = 0; i < p.layers; ++i) {

@@ -202,8 +202,8 @@ struct Matmul {
     begin(&next);
     const int thread = ptx::opaque(threadIdx.x), w = thread / 32;
     const Member& member = args.member[work.member];
-    const Store<T, Tile::kByElements> store = {member.y, member.bias, args.M, work.cols,
-                                               member.y_by_elements != 0};
+    const Store<T, Tile::kByElements> store = {
+        member.y, member.bias, args.M, work.cols, member.y_by_elements != 0, args.accumulate != 0};
     store_tile(store, c, work.row0 + warp_row(w), work.col0 + warp_col(w), thread % 32);
   }
 
