@@ -6,6 +6,7 @@
 
 #include "launchers.h"
 #include "sm80/launcher.h"
+#include "sm90/launcher.h"
 
 namespace py = pybind11;
 
@@ -123,6 +124,40 @@ std::tuple<i64, i64> decode_workspace(i64 N, i64 R, int splits, int s_splits) {
   return words_of(Math::bf16, p);
 }
 
+#ifdef LORA_FUSED_HAVE_SM90
+// x, w, a, b, s, y; bias, mask; columns, depth, R; scale; where the S tiles write and how many columns
+using LayerTuple = std::tuple<MatrixTuple, MatrixTuple, MatrixTuple, MatrixTuple, OutputTuple, OutputTuple,
+                              Pointer, MaskTuple, i64, i64, i64, float, OutputTuple, i64>;
+
+sm90::Layer layer(const LayerTuple& t, bool dx) {
+  const i64 columns = std::get<8>(t), depth = std::get<9>(t);
+  return {matrix(std::get<0>(t)),
+          matrix(std::get<1>(t)),
+          matrix(std::get<2>(t)),
+          matrix(std::get<3>(t)),
+          output(std::get<4>(t)),
+          output(std::get<5>(t)),
+          reinterpret_cast<const void*>(std::get<6>(t)),
+          mask(std::get<7>(t), dx ? columns : depth),
+          columns,
+          depth,
+          std::get<10>(t),
+          std::get<11>(t),
+          output(std::get<12>(t)),
+          std::get<13>(t)};
+}
+
+void matmul_sm90(const WhereTuple& where, int math, bool dx, i64 M, const std::vector<LayerTuple>& layers,
+                 int block_n, int cluster, int shrink_blocks, const WorkspaceTuple& space) {
+  sm90::MatmulLaunch p{};
+  p.M = M, p.dx = dx, p.members = static_cast<int>(layers.size());
+  for (std::size_t i = 0; i < layers.size() && i < sm90::kMaxMembers; ++i) p.layer[i] = layer(layers[i], dx);
+  p.words = workspace(space).tickets, p.error = workspace(space).error;
+  p.block_n = block_n, p.cluster = cluster, p.shrink_blocks = shrink_blocks;
+  launch_at(where, sm90::launch_matmul, math_of(math), p);
+}
+#endif
+
 // 0 where the stream is not being captured into a graph, else a number that the capture has to itself.
 u64 capture_id(Pointer stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -190,6 +225,10 @@ void register_cuda(py::module_ m) {
   m.def("reduce_workspace", reduce_workspace);
   m.def("decode", decode);
   m.def("decode_workspace", decode_workspace);
+#ifdef LORA_FUSED_HAVE_SM90
+  m.def("matmul_sm90", matmul_sm90);
+  m.def("matmul_sm90_words", sm90::words_of);
+#endif
 }
 
 }  // namespace lora_fused::cuda

@@ -25,9 +25,9 @@ from .compile import ptx
 
 SOURCE = "csrc/cuda/sm90/matmul.cu"
 ARCH = "sm_90a"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 MEMBERS = 3
-WORDS = 4  # of the workspace, in front of the flags
+WORDS = 2  # of the workspace, in front of the flags
 THREADS, REGISTERS = 384, 168
 STAGES = {256: 4, 128: 6}
 NOBODY = 2**31 - 1
@@ -150,7 +150,10 @@ class Launch:
         self.joint = case.forward and not case.separate
         self.starts = np.cumsum([0, *(-(-r // 8) * 8 for r in ranks)]).tolist()
         self.total = self.starts[-1] if len(sizes) > 1 else ranks[0]
-        self.scale = effective_scaling(SCALING, case.p)
+        same = self.joint or len(sizes) == 1
+        self.scales = [
+            effective_scaling(SCALING + (0 if same else i), case.p) for i in range(len(sizes))
+        ]
         self.mask_columns = sizes[0][1 if case.forward else 0]
 
         self.x = [self.random(M, d) for _, d, _ in (sizes[:1] if case.forward else sizes)]
@@ -205,7 +208,7 @@ class Launch:
                 )
                 turned = (w.T, a.T, b.T) if case.forward else (w, a, b)
                 keep = self.keep(i).to(dtype)
-                s = self.scale * ((x * keep if case.forward else x) @ turned[1])
+                s = self.scales[i] * ((x * keep if case.forward else x) @ turned[1])
                 low = s @ turned[2]
                 y = x @ turned[0] + (low if case.forward else keep * low)
                 bias = self.bias[i]
@@ -225,16 +228,12 @@ class Launch:
 
     def map(self, tensor: Tensor, box: tuple[int, int]) -> TensorMap:
         storage = self.storages[tensor.untyped_storage().data_ptr()]
-        stride = 2 * tensor.untyped_storage().nbytes() // 2 // max(1, self.rows_of(tensor))
-        kind = self.case.dtype.replace("fp", "f")
-        return _At(2 * tensor.storage_offset(), storage, kind, tensor.shape, box, 128, (stride, 2))
-
-    @staticmethod
-    def rows_of(tensor: Tensor) -> int:
-        return tensor.untyped_storage().nbytes() // (2 * tensor.stride(0))
+        strides = (2 * tensor.stride(0), 2)
+        start = 2 * tensor.storage_offset()
+        return _At(start, storage, self.case.dtype, tensor.shape, box, 128, strides)
 
     def maps(self) -> list:
-        """x, w, a, s, b, y, s_out of every member; boxes as csrc/cuda/arguments.h says."""
+        """x, w, a, s, b, y, s_out of every member; boxes as csrc/cuda/sm90/arguments.h says."""
         block, tall, store = (64, 64), (128, 64), (16, 64)
         outputs = [self.s_storage] if self.joint else self.s
         groups = [(self.x, tall), (self.w, block), (self.a, block), (self.s, tall), (self.b, block)]
@@ -261,7 +260,12 @@ class Launch:
                 np.uint64(0) if bias is None else self.storages[bias.untyped_storage().data_ptr()]
             ]
             fields += [np.uint32(self.total if self.joint else rank), np.uint32(rank)]
-            fields += [np.int32(-(-depth // 64)), np.int32(n), np.int32(first_tile), np.int32(0)]
+            fields += [
+                np.int32(-(-depth // 64)),
+                np.int32(n),
+                np.int32(first_tile),
+                np.float32(self.scales[i]),
+            ]
             first_tile += -(-n // case.block_n) if case.forward else 0
         return fields
 
@@ -273,6 +277,7 @@ class Launch:
         row_tiles = -(-case.M // (128 * case.cluster))
         outputs = case.sizes if case.forward else case.sizes[:1]
         column_tiles = sum(-(-n // case.block_n) for n, *_ in outputs)
+        self.error = torch.zeros(1, dtype=torch.int32)
         self.workspace = torch.zeros(WORDS + row_tiles * case.cluster, dtype=torch.int32)
         numbers = (
             case.M,
@@ -287,7 +292,7 @@ class Launch:
             *self.maps(),
             *self.members(),
             bits(self.workspace),
-            np.float32(self.scale),
+            bits(self.error),
             *map(np.int32, numbers),
         )
 
