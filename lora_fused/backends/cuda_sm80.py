@@ -25,8 +25,9 @@ from lora_fused.backends.cuda_native import (
     transposed,
     workspace,
 )
+from lora_fused.backends.cuda_sm90 import Layer
 from lora_fused.backends.torch_ops import flatten
-from lora_fused.config import Candidate, Mask, Problem, Tiles, group_columns
+from lora_fused.config import Candidate, Problem, Tiles, group_columns
 from lora_fused.devices import Device
 
 MAX_MEMBERS = 3
@@ -58,20 +59,6 @@ _TILES = {
     torch.float16: _TILES_16BIT,
     torch.float32: (_Tile(128, 128, 16, 8, 4, 255), _Tile(32, 64, 32, 4, 4, 168)),
 }
-
-
-class Layer(NamedTuple):
-    """One layer of a launch: "dx" has dy for x, ds for s, lora_B to shrink and lora_A to expand."""
-
-    x: Tensor
-    weight: Tensor
-    shrink: Tensor | None
-    expand: Tensor
-    s: Tensor
-    y: Tensor
-    scale: float = 0.0
-    bias: Tensor | None = None
-    mask: Mask | None = None
 
 
 def _tiles(tile: _Tile) -> Tiles:
@@ -131,21 +118,6 @@ def _chunks(problem: Problem, operation: str, tile: _Tile) -> int:
     ranks = [R for _, R in problem.group] if operation == "forward" else []
     width = min(tile.block_n, 128)
     return sum(-(-R // width) for R in ranks or [problem.R])
-
-
-def matmul(
-    chosen: Tiles,
-    direction: str,
-    x: Tensor,
-    weight: Tensor,
-    s: Tensor,
-    expand: Tensor,
-    bias: Tensor | None,
-    mask: Mask | None,
-    y: Tensor,
-) -> None:
-    """y = x weightᵀ + s expandᵀ + bias (forward), y = x weight + mask ⊙ (s expand) (dx)."""
-    run(chosen, direction, [Layer(x, weight, None, expand, s, y, 0.0, bias, mask)])
 
 
 def run(chosen: Tiles, direction: str, layers: Sequence[Layer]) -> None:

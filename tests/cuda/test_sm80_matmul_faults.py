@@ -156,7 +156,7 @@ def test_fault_shows_in_the_numbers(fault: Fault) -> None:
 
 
 class Mutant(NamedTuple):
-    """`old` becomes `new` in a file; one of `kinds` is found, or if none is named, numbers differ."""
+    """`old` becomes `new` in a file; one of `kinds` is found; if none is named, numbers differ."""
 
     name: str
     file: str
