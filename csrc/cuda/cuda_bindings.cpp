@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "launchers.h"
+#include "sm80/launcher.h"
 #include "sm90/launcher.h"
 
 namespace py = pybind11;
@@ -166,6 +167,38 @@ u64 capture_id(Pointer stream) {
   return status == cudaStreamCaptureStatusNone ? 0 : id;
 }
 
+// w, shrink, expand, y; bias, mask; columns, R, first column of its s; scale
+using Sm80LayerTuple =
+    std::tuple<MatrixTuple, MatrixTuple, MatrixTuple, OutputTuple, Pointer, MaskTuple, i64, i64, i64, float>;
+
+sm80::Layer sm80_layer(const Sm80LayerTuple& t) {
+  return {matrix(std::get<0>(t)),
+          matrix(std::get<1>(t)),
+          matrix(std::get<2>(t)),
+          output(std::get<3>(t)),
+          reinterpret_cast<const void*>(std::get<4>(t)),
+          mask(std::get<5>(t), 0),
+          std::get<6>(t),
+          std::get<7>(t),
+          std::get<8>(t),
+          std::get<9>(t)};
+}
+
+// tile: block_m, block_n, block_k. flags: s is given, the mask is over y, y is added to.
+void matmul_sm80(const WhereTuple& where, int math, i64 M, i64 depth, const MatrixTuple& x,
+                 const OutputTuple& s, const std::vector<Sm80LayerTuple>& layers,
+                 const std::tuple<int, int, int>& tile, const std::tuple<bool, bool, bool>& flags,
+                 const WorkspaceTuple& space) {
+  sm80::MatmulLaunch p;
+  p.M = M, p.depth = depth, p.x = matrix(x), p.s = output(s);
+  p.layers = static_cast<int>(layers.size());
+  for (std::size_t i = 0; i < layers.size() && i < sm80::kMaxMembers; ++i) p.layer[i] = sm80_layer(layers[i]);
+  std::tie(p.block_m, p.block_n, p.block_k) = tile;
+  std::tie(p.s_given, p.mask_output, p.accumulate) = flags;
+  p.words = workspace(space).tickets, p.error = workspace(space).error;
+  launch_at(where, sm80::launch_matmul, math_of(math), p);
+}
+
 py::dict describe_device(int device) {
   const DeviceProperties& p = device_properties(device);
   using namespace py::literals;
@@ -184,6 +217,8 @@ void register_cuda(py::module_ m) {
   m.def("device_count", device_count);
   m.def("device_properties", describe_device);
   m.def("capture_id", capture_id);
+  m.def("matmul_sm80", matmul_sm80);
+  m.def("matmul_sm80_words", sm80::words_of);
   m.def("shrink", shrink);
   m.def("shrink_workspace", shrink_workspace);
   m.def("reduce", reduce);

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_fused.backends import cuda_sm90, torch_ops
+from lora_fused.backends import cuda_sm80, cuda_sm90, torch_ops
 from lora_fused.backends.cuda_candidates import candidates, decode_parts, reasons_against
 from lora_fused.backends.cuda_native import (
     Place,
@@ -27,7 +27,7 @@ from lora_fused.backends.cuda_native import (
     workspace,
 )
 from lora_fused.backends.torch_ops import flatten
-from lora_fused.config import Mask, Member, Problem, Route, group_columns
+from lora_fused.config import Mask, Member, Problem, Route, Tiles, group_columns
 
 __all__ = [
     "candidates", "group_backward", "group_forward", "matmul", "not_supported_reasons", "reduce",
@@ -73,9 +73,11 @@ def matmul(
 ) -> Tensor:
     """See torch_ops.matmul."""
     tiles = route.config.tiles(direction)
-    if tiles is not None and tiles.descriptors and s is not None and adapter is not None:
+    if tiles is not None and tiles.persistent and s is not None and adapter is not None:
         y = _new_y(route, direction, x) if out is None else out
-        cuda_sm90.matmul(tiles, direction, x, weight, s, adapter, bias, mask, y)
+        mask = None if direction == "forward" else mask
+        layer = cuda_sm90.Layer(x, weight, None, adapter, s, y, 0.0, bias, mask)
+        _run(tiles, direction, [layer])
         return y
     return torch_ops.matmul(route, direction, x, weight, s, adapter, bias, mask, out=out)
 
@@ -100,12 +102,12 @@ def shrink_matmul(
     s is ds = scale · dy lora_B, y is dx = dy weight + mask ⊙ (ds lora_A).
     """
     tiles = route.config.tiles(direction)
-    if tiles is None or not tiles.descriptors:
+    if tiles is None or not tiles.persistent:
         return _decode(route, direction, x, weight, shrink_adapter, expand_adapter, scale, bias)
     y = _new_y(route, direction, x) if out is None else out
     s = _new_s(flatten(x), shrink_adapter.shape[0 if direction == "forward" else 1])
     layer = cuda_sm90.Layer(x, weight, shrink_adapter, expand_adapter, s, y, scale, bias, mask)
-    cuda_sm90.run(tiles, direction, [layer])
+    _run(tiles, direction, [layer])
     return y, s
 
 
@@ -121,7 +123,7 @@ def group_forward(
         cuda_sm90.Layer(rows, m.weight, m.lora_A, m.lora_B, part, y, m.scale, m.bias, m.mask)
         for m, part, y in zip(members, parts, ys, strict=True)
     ]
-    cuda_sm90.run(tiles, "forward", layers)
+    _run(tiles, "forward", layers)
     return ys, s
 
 
@@ -141,7 +143,7 @@ def group_backward(
             cuda_sm90.Layer(dy, m.weight, m.lora_B, m.lora_A, part, dx, m.scale, None, m.mask)
             for dy, m, part in zip(rows, members, parts, strict=True)
         ]
-        cuda_sm90.run(tiles, "dx", layers)
+        _run(tiles, "dx", layers)
     elif "lora_A" in route.needs:
         for dy, m, part in zip(rows, members, parts, strict=True):
             part.copy_(shrink(route, dy, m.lora_B.t(), m.scale))
@@ -238,6 +240,12 @@ def _launch_reduce(route: Route, some: Tensor, R: int, jobs: list) -> None:
         (place.number, place.stream, False), math, some.shape[0], R, jobs, splits, pointers
     )
     del owners
+
+
+def _run(tiles: Tiles, direction: str, layers: Sequence[cuda_sm90.Layer]) -> None:
+    """By the kernel that these tiles are of."""
+    kernel = cuda_sm90 if tiles.descriptors else cuda_sm80
+    kernel.run(tiles, direction, layers)
 
 
 def _new_y(route: Route, direction: str, x: Tensor) -> Tensor:
