@@ -44,6 +44,13 @@ class Launch:
     compiled: Compiled
     grid: tuple[int, ...]
     report: Report | None = None
+    buffers: list[int] = field(default_factory=list)
+
+    def bytes(self, kind: str, t: Tensor) -> int:
+        """Bytes that the launch loaded from or stored to the memory of a tensor."""
+        assert self.report is not None
+        at = self.buffers.index(_storage(t)[0])
+        return int(self.report.counters.buffer_bytes[kind, at])
 
 
 @dataclass
@@ -96,7 +103,7 @@ class _Kernel:
         if self.emulation.execute:
             outputs = _outputs(self.name, args, kwargs)
             values = [*_flat(args[0]), *args[1:]]
-            done.report = _execute(compiled, grid, values, outputs, self.emulation)
+            done.report, done.buffers = _execute(compiled, grid, values, outputs, self.emulation)
 
 
 def _flat(args: tuple[Any, ...]) -> list[Any]:
@@ -154,7 +161,7 @@ def _execute(
     values: list[Any],
     outputs: set[int],
     emulation: Emulation,
-) -> Report:
+) -> tuple[Report, list[int]]:
     buffers, maps = _Buffers(outputs), iter(compiled.descriptors)
     args: list[Any] = []
     for value in values:
@@ -175,7 +182,7 @@ def _execute(
         schedule=emulation.schedule,
         counters=emulation.counters,
     )
-    return report.check()
+    return report.check(), list(buffers.arrays)
 
 
 def compiled_name(compiled: Compiled) -> str:

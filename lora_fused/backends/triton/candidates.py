@@ -100,21 +100,23 @@ def _half(target: str) -> list[Shipped]:
                     for t in tiles
                 ]
     for r in _SKINNY_RANKS:
-        depth, warps = (128, 4) if r == 16 else (64, 8)
+        depth = 128 if r == 16 else 64
         for m in (64, 16):
-            tiles = _tile(m, 0, depth, 4 if m == 16 else warps, stages, r=r)
+            tiles = _tile(m, 0, depth, 8 if m == 64 and r == 128 else 4, stages, r=r)
             found.append(Shipped("shrink", "shrink", tiles, target, "half"))
-        found.append(Shipped("reduce", "reduce", _tile(64, 64, 0, warps, stages, r=r), target, "half"))
+        tiles = _tile(64, 64, 0, 4 if r == 16 else 8, stages, r=r)
+        found.append(Shipped("reduce", "reduce", tiles, target, "half"))
     return found
 
 
 def _single(target: str, kind: str) -> list[Shipped]:
     """Everything for fp32. IEEE products run outside the tensor cores."""
     stages = 2 if target in AMD else 3
-    tile = _tile(64, 64, 32, 8 if kind == "ieee" else 4, stages)
+    tile = _tile(64, 64, 32, 8, 2) if kind == "ieee" else _tile(64, 64, 32, 4, stages)
     found = [Shipped(operation, "split", tile, target, kind) for operation in ("forward", "dx")]
     for r in (16, 64):
-        shrink, reduce = _tile(32, 0, 32, 4, stages, r=r), _tile(32, 32, 0, 4, stages, r=r)
+        warps = 8 if kind == "tf32" and r == 64 else 4
+        shrink, reduce = _tile(32, 0, 32, warps, stages, r=r), _tile(32, 32, 0, 4, stages, r=r)
         found.append(Shipped("shrink", "shrink", shrink, target, kind))
         found.append(Shipped("reduce", "reduce", reduce, target, kind))
     return found
