@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from lora_fused.backends.triton.candidates import Shipped
 from lora_fused.config import Mask
 from lora_fused.reference import dropout_threshold, effective_scaling
 from lora_fused.testing import Case, assert_close_to_ref, make_case
-from tests.ptx_emulator import Schedule
+from tests.ptx_emulator import TOGETHER, Schedule
 from tests.triton.emulated import Emulation, Launch, emulated
 from tests.triton.operations import route_of
 from tests.triton.shipped import allowing_tf32
@@ -62,7 +62,7 @@ def emulate(
     choice: Shipped,
     size: Size,
     dropout_p: float = 0.0,
-    schedule: Schedule = Schedule(),
+    schedule: Schedule = TOGETHER,
     counters: bool = False,
 ) -> tuple[dict[str, Tensor], Emulation, Case]:
     """Run a choice on a size; its outputs are held against the reference."""
@@ -86,8 +86,6 @@ def _as_tf32(case: Case) -> Case:
 
     def rounded(t: Tensor) -> Tensor:
         return (t.view(torch.int32) & ~0x1FFF).view(torch.float32)
-
-    from dataclasses import replace
 
     return replace(
         case, x=rounded(case.x), weight=rounded(case.weight), lora_A=rounded(case.lora_A),
@@ -123,8 +121,8 @@ def _outputs(choice: Shipped, case: Case) -> dict[str, Tensor]:
 def check_traffic(choice: Shipped, case: Case, outputs: dict[str, Tensor], launch: Launch) -> None:
     """Every operand moves the bytes of the plan, and at most 2 % more.
 
-    The plan of a matmul: each tile of y reads its rows of x and its columns of w once, and is written
-    once. Shrink reads x once per block of ranks, reduce likewise x and dy.
+    The plan of a matmul: each tile of y reads its rows of x and its columns of w once, and is
+    written once. Shrink reads x once per block of ranks, reduce likewise x and dy.
     """
     t = choice.tiles
     plan: list[tuple[str, Tensor, int]] = []

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from lora_fused.backends.triton import launch
-from tests.ptx_emulator import Offset, Report, Schedule, TensorMap, Uninitialised, parse, run
+from tests.ptx_emulator import (
+    TOGETHER,
+    Offset,
+    Report,
+    Schedule,
+    TensorMap,
+    Uninitialised,
+    parse,
+    run,
+)
 from tests.triton.compiled import Compiled, Map, Pointer, Request, compile_kernel
 
 DEFAULT_OPTIONS = {"num_warps": 4, "num_stages": 3}
@@ -58,7 +67,7 @@ class Emulation:
     """Which GPU, which schedule, and all launches so far."""
 
     target: str
-    schedule: Schedule = Schedule()
+    schedule: Schedule = TOGETHER
     counters: bool = False
     execute: bool = True
     launches: list[Launch] = field(default_factory=list)
@@ -67,7 +76,7 @@ class Emulation:
 @contextlib.contextmanager
 def emulated(
     target: str,
-    schedule: Schedule = Schedule(),
+    schedule: Schedule = TOGETHER,
     counters: bool = False,
     execute: bool = True,
 ) -> Iterator[Emulation]:

@@ -31,10 +31,10 @@ SHARED_LIMIT = {
     "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10, "gfx950": 160 << 10,
 }  # fmt: skip
 REGISTER_LIMIT = {name: 512 if name in AMD else 255 for name in TARGETS}
-HEADER = '''"""What the compiled kernels need: (bytes of shared memory per block, registers per thread).
+HEADER = '''"""What the compiled kernels need: (shared bytes of a block, registers of a thread).
 
-Written by `python -m tests.triton.shipped` from the output of Triton {version}; do not edit. The larger
-of the values with and without dropout. tests/triton/test_shipped.py compiles again and compares.
+Written by `python -m tests.triton.shipped` from the output of Triton {version}; do not edit. The
+larger of the values with and without dropout. tests/triton/test_shipped.py compiles again.
 """
 
 RESOURCES: dict[str, tuple[int, int]] = {{
