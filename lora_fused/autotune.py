@@ -54,12 +54,12 @@ def best(key: str, candidates: dict[str, Callable[[], object]], default: str) ->
     """
     if not enabled():
         return default
-    path = cache_directory() / f"{_file_name(key)}.txt"
+    path = cache_directory() / f"{file_name(key)}.txt"
     with _lock:
         answer = _known.get(path) or _read(path, candidates)
         if answer not in candidates:
             answer = _fastest(candidates, default)
-            _write(path, answer)
+            write_text(path, answer)
         _known[path] = answer
         return answer
 
@@ -69,14 +69,19 @@ def cache_directory() -> Path:
     from lora_fused import __version__
     from lora_fused.backends import cpu
 
+    machine = f"{cpu.info().brand}-{cpu.isa()}" if cpu.isa() else "no-native-kernels"
+    versions = f"torch{torch.__version__}-lora_fused{__version__}"
+    return cache_root() / file_name(f"{machine}-{torch.get_num_threads()}threads-{versions}")
+
+
+def cache_root() -> Path:
+    """LORA_FUSED_CACHE_DIR, or the user's cache directory."""
     root = os.environ.get("LORA_FUSED_CACHE_DIR")
     if not root:
         import platformdirs
 
         root = platformdirs.user_cache_dir("lora_fused", appauthor=False)
-    machine = f"{cpu.info().brand}-{cpu.isa()}" if cpu.isa() else "no-native-kernels"
-    versions = f"torch{torch.__version__}-lora_fused{__version__}"
-    return Path(root) / _file_name(f"{machine}-{torch.get_num_threads()}threads-{versions}")
+    return Path(root)
 
 
 def forget() -> None:
@@ -85,7 +90,8 @@ def forget() -> None:
         _known.clear()
 
 
-def _file_name(text: str) -> str:
+def file_name(text: str) -> str:
+    """The text with everything replaced that a file system might not like."""
     return re.sub(r"[^A-Za-z0-9._]+", "-", text)
 
 
@@ -127,7 +133,7 @@ def _read(path: Path, candidates: dict[str, Callable[[], object]]) -> str | None
     return None
 
 
-def _write(path: Path, answer: str) -> None:
+def write_text(path: Path, answer: str) -> None:
     """Write beside and replace, so that a reader never sees half a file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,29 +1,41 @@
 """Call → Problem → the backends that can run it → Config. Nothing is done at import.
 
-LORA_FUSED_BACKEND=torch|cpu replaces backend="auto", LORA_FUSED_VERBOSE=1 prints each choice once;
-both are read at the first use of a kind of call and remembered with its choice.
+LORA_FUSED_BACKEND=cpu|cuda|triton|torch replaces backend="auto", LORA_FUSED_VERBOSE=1 prints each
+choice once; both are read at the first use of a kind of call and remembered with its choice.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_fused import checks
+from lora_fused import backends, checks, gpu_choice
 from lora_fused.backends import BACKENDS
 from lora_fused.backends import cpu as cpu_backend
 from lora_fused.backends.cpu import PackedWeight
 from lora_fused.backends.cpu_rule import choose_cpu
-from lora_fused.config import GRADIENT_NAMES, Config, Problem, Route
+from lora_fused.config import (
+    FUSED_STRATEGIES,
+    Config,
+    Problem,
+    Route,
+)
+from lora_fused.devices import DEVICES
+from lora_fused.request import facts, gpu_facts, problem_of
 
 _MAX_ROUTES = 4096
+_NOT_ON_GPU = (True, False)
 _routes: dict[Any, Route] = {}
+_forced: list[Config] = []
+_also_forget: list[Callable[[], None]] = []
 
 
 def route_for(
@@ -37,15 +49,19 @@ def route_for(
     packed: PackedWeight | None = None,
     needs: frozenset[str] | None = None,
     cast_weight: bool = False,
+    given_mask: bool = False,
 ) -> Route:
     """Check a call and choose how to run it; the answer for this metadata is remembered.
 
     needs overrides what gradient mode and requires_grad say. With cast_weight x has the compute
-    dtype already, and the weight may have another. Raises what checks.check_call raises.
+    dtype already, and the weight may have another. given_mask: the caller drew the dropout mask.
+    Raises what checks.check_call raises.
     """
+    on_gpu = gpu_facts(x, weight, lora_A, lora_B) if x.is_cuda else _NOT_ON_GPU
     key = (
-        _facts(x), _facts(weight), weight.stride(), _facts(lora_A), _facts(lora_B), _facts(bias),
+        facts(x), facts(weight), weight.stride(), facts(lora_A), facts(lora_B), facts(bias),
         dropout, backend, None if packed is None else packed.dtype, needs, cast_weight,
+        given_mask, on_gpu,
         torch.is_grad_enabled(), torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
         checks.compute_dtype(x) if torch._C._is_any_autocast_enabled() else None,
@@ -55,67 +71,81 @@ def route_for(
         if len(_routes) >= _MAX_ROUTES:
             _routes.clear()
         params = (weight, lora_A, lora_B, bias)
-        route = _routes[key] = _find_route(x, params, dropout, backend, packed, needs, cast_weight)
+        problem = problem_of(x, params, dropout, packed, needs, cast_weight, given_mask, on_gpu)
+        if problem.device is None:
+            config, final = choose(problem, backend), True
+        else:
+            config, final = choose_on_gpu(problem, backend, x, params)
+        route = _route(problem, x, params, config)
+        if final:
+            _routes[key] = route
     return route
 
 
-def _facts(t: Tensor | None) -> Any:
-    """What checks and choices depend on; computed at every call, so only cheap attributes."""
-    if t is None:
-        return None
-    return t.shape, t.dtype, t.device, t.layout, t.requires_grad, t.is_neg(), type(t)
-
-
-def _find_route(
+def _route(
+    problem: Problem,
     x: Tensor,
     params: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
-    dropout: bool,
-    backend: str,
-    packed: PackedWeight | None,
-    needs: frozenset[str] | None,
-    cast_weight: bool,
+    config: Config,
 ) -> Route:
-    weight, lora_A, _, bias = params
-    compute = x.dtype if cast_weight else checks.compute_dtype(x)
-    checks.check_call(x, *params, compute, cast_weight or checks.autocast_is_on(x))
-    if needs is None:
-        tensors = zip(GRADIENT_NAMES, (x, *params), strict=True)
-        wanting = (name for name, t in tensors if t is not None and t.requires_grad)
-        needs = frozenset(wanting if torch.is_grad_enabled() else ())
-    (N, K), stride = weight.shape, weight.stride()
-    problem = Problem(
-        M=math.prod(x.shape[:-1]),
-        K=K,
-        N=N,
-        R=0 if lora_A is None else lora_A.shape[0],
-        dtype=compute,
-        device_type=x.device.type,
-        adapter_dtype=None if lora_A is None else lora_A.dtype,
-        has_bias=bias is not None,
-        dropout=dropout,
-        needs=needs,
-        prepacked=packed is not None and packed.dtype == compute,
-        weight_layout="row" if stride[1] == 1 else "column" if stride[0] == 1 else "strided",
-        plain=all(t is None or _is_plain(t) for t in (x, *params)),
-        threads=torch.get_num_threads(),
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
     dtypes = tuple(None if t is None else t.dtype for t in params)
     return Route(
         problem=problem,
-        config=choose(problem, backend),
-        compute=compute,
-        cast=any(dtype not in (None, compute) for dtype in dtypes),
-        needs=needs,
+        config=config,
+        compute=problem.dtype,
+        cast=any(dtype not in (None, problem.dtype) for dtype in dtypes),
+        needs=problem.needs,
         x_shape=tuple(x.shape),
-        y_shape=(*x.shape[:-1], N),
+        y_shape=(*x.shape[:-1], problem.N),
         param_dtypes=dtypes,
+        wide_adapters=_takes_wide_adapters(problem, config),
     )
 
 
-def _is_plain(t: Tensor) -> bool:
-    """An ordinary tensor: data pointer and strides say all there is to know about its values."""
-    return type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg()
+def _takes_wide_adapters(problem: Problem, config: Config) -> bool:
+    used = {config.forward, config.dx} if "x" in problem.needs else {config.forward}
+    if used <= FUSED_STRATEGIES | {"split"}:
+        takes = getattr(BACKENDS[config.backend], "takes_wide_adapters", None)
+        return takes is not None and bool(takes(problem))
+    return False
+
+
+def choose_on_gpu(
+    problem: Problem,
+    backend: str,
+    x: Tensor,
+    params: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None = None,
+) -> tuple[Config, bool]:
+    """The Config for tensors on a GPU, and whether it is the last word on such calls.
+
+    Without params nothing is timed.
+    """
+    from lora_fused import gpu_tuning
+
+    asked = resolve_backend(backend)
+    names = gpu_backends_for(problem, asked)
+    if _forced or not names or not gpu_choice.parts_of(problem):
+        return choose(problem, backend), True
+    tensors = None
+    if params is not None and params[1] is not None and params[2] is not None:
+        tensors = gpu_tuning.Tensors(x, params[0], params[1], params[2], params[3])
+    config, provisional = gpu_tuning.choose(problem, names, x.device, tensors)
+    config = replace(config, notes=_notes(config.backend, reasons_against(problem, asked)))
+    _announce(problem, config)
+    return config, not provisional
+
+
+def gpu_backends_for(problem: Problem, asked: str = "auto") -> tuple[str, ...]:
+    """The backends with kernels for the problem, as far as they were asked for."""
+    against = reasons_against(problem, asked)
+    return tuple(
+        name
+        for name in gpu_choice.GPU_BACKENDS
+        if asked in ("auto", name)
+        and name in against
+        and not against[name]
+        and (not problem.group or hasattr(BACKENDS[name], "group_forward"))
+    )
 
 
 def choose(problem: Problem, backend: str = "auto") -> Config:
@@ -126,51 +156,104 @@ def choose(problem: Problem, backend: str = "auto") -> Config:
     return _choose(problem, resolve_backend(backend))
 
 
+@contextmanager
+def forcing(config: Config) -> Iterator[None]:
+    """Every choice is this Config while the context lasts. For tests and checks of kernels."""
+    forget_choices()
+    _forced.append(config)
+    try:
+        yield
+    finally:
+        _forced.pop()
+        forget_choices()
+
+
 def resolve_backend(backend: str) -> str:
     """The backend asked for: the argument, or LORA_FUSED_BACKEND where the argument is "auto"."""
     source = "backend"
     if backend == "auto":
         source, backend = "LORA_FUSED_BACKEND", os.environ.get("LORA_FUSED_BACKEND") or "auto"
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"{source} is {backend!r}, expected one of auto, {', '.join(BACKENDS)}.")
+    if backend != "auto" and backend not in backends.NAMES:
+        names = ", ".join(backends.NAMES)
+        raise ValueError(f"{source} is {backend!r}, expected one of auto, {names}.")
     return backend
 
 
-def reasons_against(problem: Problem) -> dict[str, list[str]]:
-    """For each backend why it cannot run the problem; an empty list where it can."""
-    return {name: module.not_supported_reasons(problem) for name, module in BACKENDS.items()}
+def reasons_against(problem: Problem, asked: str = "auto") -> dict[str, list[str]]:
+    """For each backend why it cannot run the problem; an empty list where it can.
+
+    Backends for GPUs are looked at for tensors on a GPU, and where they were asked for.
+    """
+    names = [
+        name
+        for name in backends.NAMES
+        if name in ("cpu", "torch", asked) or problem.device is not None
+    ]
+    return {name: _reasons(name, problem) for name in names}
+
+
+def _reasons(name: str, problem: Problem) -> list[str]:
+    module = backends.load(name)
+    if module is None:
+        return [backends.why_missing(name)]
+    reasons: list[str] = module.not_supported_reasons(problem)
+    return reasons
 
 
 @functools.lru_cache(maxsize=8192)
 def _choose(problem: Problem, backend: str) -> Config:
-    against = reasons_against(problem)
+    if _forced:
+        backends.load(_forced[-1].backend)
+        return _forced[-1]
+    against = reasons_against(problem, backend)
+    if backend == "auto" and problem.device is not None:
+        config = gpu_choice.configure_by_model(problem, gpu_backends_for(problem))
+        return replace(config, notes=_notes(config.backend, against))
     if backend != "auto" and against[backend]:
         raise ValueError(
             f"backend {backend!r} cannot run {problem}: {'; '.join(against[backend])}."
         )
     chosen = backend if backend != "auto" else next(n for n, why in against.items() if not why)
     config = _configure(chosen, problem, against)
+    _announce(problem, config)
+    return config
+
+
+def _announce(problem: Problem, config: Config) -> None:
     if os.environ.get("LORA_FUSED_VERBOSE") == "1":
         print(f"lora_fused: {problem} -> {config}{_in_words(config.notes)}", file=sys.stderr)
-    return config
 
 
 def _configure(chosen: str, problem: Problem, against: dict[str, list[str]]) -> Config:
     if chosen == "cpu":
         return choose_cpu(problem, cpu_backend.info())
-    notes = tuple(
+    if chosen in gpu_choice.GPU_BACKENDS:
+        model = replace(problem, device=problem.device or DEVICES["H100"])
+        return gpu_choice.configure_by_model(model, (chosen,))
+    return Config(chosen, notes=_notes(chosen, against) or ("it was asked for",))
+
+
+def _notes(chosen: str, against: dict[str, list[str]]) -> tuple[str, ...]:
+    """Why it is not another backend."""
+    return tuple(
         f"{name}: {reason}" for name, why in against.items() if name != chosen for reason in why
     )
-    return Config(chosen, notes=notes or ("it was asked for",))
 
 
 def _in_words(notes: tuple[str, ...]) -> str:
     return f" ({'; '.join(notes)})" if notes else ""
 
 
+def also_forget(forget: Callable[[], None]) -> None:
+    """Register what forget_choices has to drop elsewhere."""
+    _also_forget.append(forget)
+
+
 def forget_choices() -> None:
     """Drop every remembered choice, so that environment variables are read again."""
     _routes.clear()
+    for forget in _also_forget:
+        forget()
     _choose.cache_clear()
     cpu_backend.isa.cache_clear()
     cpu_backend.info.cache_clear()

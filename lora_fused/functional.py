@@ -9,7 +9,7 @@ from lora_fused import checks
 from lora_fused.autograd import LoRALinearFunction, lora_forward
 from lora_fused.backends.cpu import PackedWeight
 from lora_fused.backends.torch_ops import flatten
-from lora_fused.config import Call, Mask
+from lora_fused.config import Call, Mask, Route
 from lora_fused.dispatch import route_for
 from lora_fused.reference import dropout_threshold, effective_scaling, keep_mask, lora_linear_ref
 
@@ -42,7 +42,7 @@ def lora_linear(
         training: no dropout if False.
         seed: of the dropout mask, 64 bits. None draws one from torch's generator of x's device, so
             that torch.manual_seed and activation checkpointing reproduce the mask.
-        backend: "auto", "cpu" (native kernels) or "torch".
+        backend: "auto", "torch", "cpu" (native kernels), "triton" or "cuda".
 
     Returns:
         y [..., N] in the compute dtype: autocast's if it is on, else that of x.
@@ -79,6 +79,10 @@ def call_layer(
     keep [..., K], bool: the dropout mask, drawn by the caller with probability dropout_p. Not
     where calls are recorded or transformed.
     """
+    if is_distributed(weight) or is_distributed(x):
+        from lora_fused.distributed import call_sharded
+
+        return call_sharded(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, backend)
     if torch._C._are_functorch_transforms_active() or is_traced():
         return _recorded(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, backend)
     mask, scale = None, scaling
@@ -93,9 +97,13 @@ def call_layer(
     if type(scale) is not float:
         checks.check_scaling(scaling)
     dropout = mask is not None or keep is not None
-    route = route_for(x, weight, lora_A, lora_B, bias, dropout, backend, packed)
+    route = route_for(
+        x, weight, lora_A, lora_B, bias, dropout, backend, packed, given_mask=keep is not None
+    )
     if x.dtype != route.compute:
         x = x.to(route.compute)
+    if mask is not None and seed is None and route.problem.device is not None:
+        mask, keep = drawn_where_cheaper(route, mask)
     call = Call(route, scale, mask, packed, keep)
     if route.needs:
         return LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, call)
@@ -145,6 +153,15 @@ def is_traced() -> bool:
     )
 
 
+def is_distributed(t: Tensor) -> bool:
+    """Whether a tensor is a DTensor. Answered without importing torch.distributed for others."""
+    if type(t) is Tensor or type(t) is torch.nn.Parameter:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(t, DTensor)
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """63 random bits from torch's default generator of the device, as a tensor that stays there."""
     return torch.randint(0x7FFFFFFFFFFFFFFF, (), dtype=torch.int64, device=device)
@@ -164,6 +181,19 @@ def make_mask(seed: int | Tensor | None, dropout_p: float) -> Mask:
     if isinstance(seed, Tensor) and seed.device.type == "cpu":
         seed = int(seed.item())
     return Mask(seed, dropout_threshold(dropout_p))
+
+
+def drawn_where_cheaper(route: Route, mask: Mask) -> tuple[Mask | None, Tensor | None]:
+    """A mask of bytes instead of one to regenerate, where the kernels of a GPU are not used.
+
+    To regenerate it with torch's operations would take longer than the whole layer. Only for a seed
+    that nobody asked for: the bits are not those of reference.keep_mask.
+    """
+    problem = route.problem
+    if route.config.backend != "torch" or not isinstance(mask.seed, Tensor):
+        return mask, None
+    keep = torch.empty(problem.M, problem.K, dtype=torch.bool, device=mask.seed.device)
+    return None, keep.bernoulli_(1.0 - mask.threshold / 65536)
 
 
 def _plain_formula(

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fused import checks
+from lora_fused import checks, group_hook
 from lora_fused.autograd import refuse_double_backward, shrink_gradients, weight_gradient
 from lora_fused.backends import BACKENDS
 from lora_fused.backends.torch_ops import flatten
 from lora_fused.config import Call
 from lora_fused.dispatch import route_for
-from lora_fused.functional import call_layer, draw_seed, is_traced, make_mask
+from lora_fused.functional import call_layer, draw_seed, is_distributed, is_traced, make_mask
+from lora_fused.group_hook import PARAMS
 from lora_fused.reference import dropout_threshold, effective_scaling
-
-_PARAMS = 4  # of one member: weight, lora_A, lora_B, bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ def lora_linear_group(
     Returns one y [..., N_i] per member. Raises what lora_linear raises.
     """
     ps = [m.dropout_p if training else 0.0 for m in members]
-    if torch._C._are_functorch_transforms_active() or is_traced():
+    if torch._C._are_functorch_transforms_active() or is_traced() or is_distributed(x):
         return [
             call_layer(x, *m.params, m.scaling, p, m.seed, backend)
             for m, p in zip(members, ps, strict=True)
@@ -64,6 +63,16 @@ def lora_linear_group(
         return []
     x = x.to(calls[0].route.compute)
     params = [t for m in members for t in m.params]
+    route = group_hook.group_route(x, calls, backend)
+    if route is not None:
+        if route.needs:
+            return list(group_hook.FusedGroupFunction.apply(x, route, calls, *params))
+        return group_hook.forward(route, calls, x, params)[0]
+    if any(group_hook.runs_alone(call) for call in calls):
+        return [
+            call_layer(x, *m.params, m.scaling, p, m.seed, backend)
+            for m, p in zip(members, ps, strict=True)
+        ]
     if any(call.route.needs for call in calls):
         return list(LoRALinearGroupFunction.apply(x, calls, *params))
     return _group_forward(x, calls, _stacks(calls), params)[0]
@@ -130,7 +139,7 @@ def _cast(
     params: Sequence[Tensor | None], i: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The parameters of member i in the compute dtype."""
-    weight, lora_A, lora_B, bias = params[_PARAMS * i : _PARAMS * (i + 1)]
+    weight, lora_A, lora_B, bias = params[PARAMS * i : PARAMS * (i + 1)]
     assert weight is not None and lora_A is not None and lora_B is not None
     return (
         weight.to(dtype), lora_A.to(dtype), lora_B.to(dtype),
@@ -184,13 +193,13 @@ def _group_backward(
             dy = dys[i]
             if dy is None:
                 continue
-            at = slice(_PARAMS * i, _PARAMS * (i + 1))
+            at = slice(PARAMS * i, PARAMS * (i + 1))
             dx, ds, gradients[at] = _member_backward(calls[i], params, i, dx, dy, x, part)
             if "lora_A" in calls[i].route.needs and ds is not None:
                 ds_of[i] = ds
         if ds_of and x is not None:
             for i, da in _stacked_da(calls, ds_of, x).items():
-                gradients[_PARAMS * i + 1] = da
+                gradients[PARAMS * i + 1] = da
     return dx, gradients
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_fused.functional import is_distributed
 from lora_fused.reference import philox_4x32
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -41,8 +42,11 @@ def fingerprint(weight: Tensor) -> int:
     """A 64-bit linear hash of the values and their places: others collide by chance only.
 
     Σ_ij p_i q_j w_ij mod 2⁶⁴ over the bits w_ij of the elements of a row, or of its 8-byte words
-    where it has no others, with odd pseudo-random p and q. 0 on the meta device.
+    where it has no others, with odd pseudo-random p and q. 0 on the meta device. Of a DTensor this
+    rank's part is hashed: it tells whether that was written.
     """
+    if is_distributed(weight):
+        weight = weight.to_local()  # type: ignore[attr-defined]
     if weight.is_meta:
         return 0
     rows, cols = weight.shape
@@ -56,6 +60,8 @@ def fingerprint(weight: Tensor) -> int:
     step = max(1, _ELEMENTS_PER_CHUNK // max(cols, 1))
     for first in range(0, rows, step):
         chunk = weight[first : first + step].contiguous()
+        if chunk.storage_offset() * chunk.element_size() % kind.itemsize:
+            chunk = chunk.clone()
         bits = chunk.view(kind).to(torch.int64)
         total += ((bits * col_factors).sum(1) * row_factors[first : first + step]).sum()
     return int(total.item())

@@ -9,6 +9,7 @@ Eager calls do not pass here: the operator boundary costs more than a small laye
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lora_fused.autograd import Saved, lora_backward, lora_forward
+from lora_fused.backends.torch_ops import flatten
+from lora_fused.checks import compute_dtype
 from lora_fused.config import GRADIENT_NAMES, Call, Mask, Route
 from lora_fused.dispatch import route_for
 from lora_fused.functional import make_mask
@@ -44,14 +47,15 @@ def lora_linear_op(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """y [..., N] and s [M, R]; x has the compute dtype. A seed means dropout."""
+    """y [..., N] and s [..., R]; x has the compute dtype. A seed means dropout."""
     scale, mask = _scale_and_mask(scaling, dropout_p, seed)
     route = route_for(
         x, weight, lora_A, lora_B, bias, mask is not None, backend,
         needs=frozenset(), cast_weight=True,
     )  # fmt: skip
     y, s = lora_forward(Call(route, scale, mask), x, weight, lora_A, lora_B, bias)
-    return y, x.new_empty(y.numel() // max(weight.shape[0], 1), 0) if s is None else s
+    rank = 0 if s is None else s.shape[1]
+    return y, x.new_empty(*x.shape[:-1], 0) if s is None else s.view(*x.shape[:-1], rank)
 
 
 @lora_linear_op.register_fake
@@ -66,11 +70,8 @@ def _lora_linear_fake(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    tokens = 1
-    for size in x.shape[:-1]:
-        tokens = tokens * size
     rank = 0 if lora_A is None else lora_A.shape[0]
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(tokens, rank)
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(*x.shape[:-1], rank)
 
 
 @torch.library.custom_op(
@@ -98,7 +99,7 @@ def lora_linear_backward_op(
         needs=wanted, cast_weight=True,
     )  # fmt: skip
     _check_gradient(dy, s, route)
-    rank_s = s.contiguous() if s.shape[1] > 0 else None
+    rank_s = flatten(s).contiguous() if s.shape[-1] > 0 else None
     gradients = lora_backward(
         Call(route, scale, mask), dy, Saved(x, rank_s, weight, lora_A, lora_B)
     )
@@ -151,7 +152,7 @@ lora_linear_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _check_gradient(dy: Tensor, s: Tensor, route: Route) -> None:
     """dy and s must be what the forward of this route made, for they are read by pointer."""
-    shapes = {"dy": (dy, route.y_shape), "s": (s, (route.problem.M, route.problem.R))}
+    shapes = {"dy": (dy, route.y_shape), "s": (s, (*route.x_shape[:-1], route.problem.R))}
     for name, (tensor, shape) in shapes.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(
@@ -173,13 +174,42 @@ def _scale_and_mask(
     return effective_scaling(scaling, dropout_p), make_mask(seed, dropout_p)
 
 
+def _register_autocast(device_type: str) -> None:
+    """Under autocast x is cast to the dtype that the user chose, not to a registered one."""
+    key = f"Autocast{torch._C._dispatch_key_for_device(device_type)}"
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(_: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return _LORA_LINEAR(x.to(compute_dtype(x)), *args)
+
+    _LIBRARY.impl("lora_linear", kernel, key, with_keyset=True)
+
+
+_LORA_LINEAR = torch.ops.lora_fused.lora_linear.default
+_LIBRARY = torch.library.Library("lora_fused", "FRAGMENT")
+for _device_type in ("cpu", "cuda", "xpu"):
+    _register_autocast(_device_type)
+
+
 @register_flop_formula(torch.ops.lora_fused.lora_linear)
 def _lora_linear_flops(
     x_shape: Any, weight_shape: Any, a_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
     """Useful work: 2 M N K for the weight, 2 M R (K + N) for the adapters."""
     (N, K), R = weight_shape, 0 if a_shape is None else a_shape[0]
-    M = 1
-    for size in x_shape[:-1]:
-        M *= size
-    return 2 * M * (N * K + R * (K + N))
+    M = math.prod(x_shape[:-1])
+    return int(2 * M * (N * K + R * (K + N)))
+
+
+@register_flop_formula(torch.ops.lora_fused.lora_linear_backward)
+def _lora_linear_backward_flops(
+    dy_shape: Any, x_shape: Any, weight_shape: Any, a_shape: Any, b_shape: Any, bias_shape: Any,
+    s_shape: Any, seed_shape: Any, scaling: float, dropout_p: float, backend: str,
+    needs: list[bool], out_shape: Any = None, **kwargs: Any,
+) -> int:  # fmt: skip
+    """Useful work: per token N K for dx and for dW, R N for ds and for dB, R K for ds A and dA."""
+    (N, K), R, M = weight_shape, 0 if a_shape is None else a_shape[0], math.prod(x_shape[:-1])
+    dx, dweight, da, db, _ = needs
+    per_token = (dx + dweight) * N * K + R * ((dx or da) * N + db * N + dx * K + da * K)
+    return int(2 * M * per_token)

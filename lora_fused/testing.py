@@ -7,7 +7,8 @@ in the dtype under test,
     mean |got − truth|  <=  1.5 · mean |baseline − truth| + rounding floor / 4
 
 where the floor is one rounding of the largest value in the compute dtype: a baseline may be exact
-by luck. It calibrates itself: there are no tolerances per dtype to set wrong.
+by luck. In float64, where truth and baseline are one and the truth has errors of its own, the floor
+is eight roundings. It calibrates itself: there are no tolerances per dtype to set wrong.
 """
 
 from __future__ import annotations
@@ -115,18 +116,24 @@ def _outputs(case: Case) -> dict[str, Tensor]:
     return {name: t for name, t in outputs.items() if case.bias is not None or name != "dbias"}
 
 
-def assert_close_to_ref(name: str, got: Tensor, truth64: Tensor, baseline: Tensor) -> None:
-    """Raise AssertionError unless `got` obeys the rule above. NaN and a wrong shape fail."""
+def assert_close_to_ref(
+    name: str, got: Tensor, truth64: Tensor, baseline: Tensor, slack: float = 1
+) -> None:
+    """Raise AssertionError unless `got` obeys the rule above. NaN and a wrong shape fail.
+
+    slack multiplies both limits, for what is a single draw and not many.
+    """
     if got.shape != truth64.shape:
         raise AssertionError(f"{name}: shape {list(got.shape)}, expected {list(truth64.shape)}")
     if got.numel() == 0:
         return
     error = (got.detach().double() - truth64).abs()
     allowed = (baseline.double() - truth64).abs()
-    floor = torch.finfo(baseline.dtype).eps * truth64.abs().max().item()
+    roundings = 8 if baseline.dtype == torch.float64 else 1
+    floor = roundings * torch.finfo(baseline.dtype).eps * truth64.abs().max().item()
     limits = {
-        "max": (error.max().item(), 2 * allowed.max().item() + floor),
-        "mean": (error.mean().item(), 1.5 * allowed.mean().item() + floor / 4),
+        "max": (error.max().item(), slack * 2 * allowed.max().item() + floor),
+        "mean": (error.mean().item(), slack * 1.5 * allowed.mean().item() + floor / 4),
     }
     for measure, (value, limit) in limits.items():
         if not value <= limit:

@@ -11,6 +11,7 @@ import torch
 from lora_fused import autotune, dispatch
 from lora_fused.backends import cpu
 from lora_fused.config import Config, Problem
+from tests.processes import World
 
 
 class Path(NamedTuple):
@@ -72,6 +73,22 @@ def forced(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield path
     monkeypatch.undo()
     dispatch.forget_choices()
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """Two gloo processes."""
+    world = World(2)
+    yield world
+    world.stop()
+
+
+@pytest.fixture(scope="session")
+def world4() -> Iterator[World]:
+    """Four gloo processes."""
+    world = World(4)
+    yield world
+    world.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -91,7 +91,7 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"scaling": torch.tensor(2.0)}, TypeError,
      "lora_linear: scaling is a Tensor, expected a float."),
     ({"backend": "gpu"}, ValueError,
-     "backend is 'gpu', expected one of auto, cpu, torch."),
+     "backend is 'gpu', expected one of auto, cpu, cuda, triton, torch."),
     # Two mistakes at once: the order is device, dtype, shape, layout.
     ({"lora_B": meta(6, 4), "weight": torch.ones(6, 8, dtype=torch.int8)}, ValueError,
      "lora_linear: lora_B is on meta, expected cpu, the device of x."),

@@ -30,7 +30,7 @@ def test_opcheck(dtype: torch.dtype, dropout: bool, rank: int, bias: bool, batch
     params = [case.weight, case.lora_A, case.lora_B, case.bias]
     leaves = [None if t is None else t.clone().requires_grad_() for t in (x, *params)]
     torch.library.opcheck(NAMESPACE.lora_linear.default, (*leaves, seed, 2.0, 0.5, "auto"))
-    s = torch.randn(6, rank, dtype=dtype)
+    s = torch.randn(*x.shape[:-1], rank, dtype=dtype)
     needs = [True, False, True, True, bias]
     args = (dy, x, *params, s, seed, 2.0, 0.5, "auto", needs)
     torch.library.opcheck(NAMESPACE.lora_linear_backward.default, args)

@@ -1,24 +1,10 @@
-// What a product is (struct Gemm), and how finished sums become y: mask, scale, bias, accumulation, rounding,
-// any strides.
+// How finished sums become y: mask, scale, bias, accumulation, rounding, any strides.
 #pragma once
 
 #include "pack.h"
+#include "product.h"
 
 namespace lora_fused::LORA_FUSED_ISA {
-
-// y[m,n] = (accumulate ? y[m,n] : 0) + scale * sum_k a[m,k] b[k,n] + keep(m,n) * sum_r s[m,r] l[r,n] +
-// bias[n] NOTE: scale goes with a product without a rank term only (shrink); the others have scale 1.
-struct Gemm {
-  i64 M = 0, N = 0, K = 0, R = 0;
-  Matrix a, b, s, l;
-  Dropout drop_a, drop_b, drop_rank;  // threshold 0: no mask
-  const u32* packed = nullptr;        // b in panels, or null
-  float scale = 1.0f;
-  const void* bias = nullptr;
-  bool accumulate = false;
-  Output y;
-  i64 block_words = 1 << 20;  // at most this much contraction at a time, if less than the engine's own block
-};
 
 // sum += rank_sum where the mask keeps, for rows m..m+count and columns col0..col0+cols; rows `pitch` floats
 // apart.

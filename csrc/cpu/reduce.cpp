@@ -1,7 +1,9 @@
 // reduce: the adapters' gradients, a contraction over the tokens. da[r,k] = sum_m ds[m,r] keep(m,k) x[m,k].
+#include "keep.h"
 #include "kernels.h"
 #include "operations.h"
-#include "run.h"
+#include "product.h"
+#include "scratch.h"
 
 namespace lora_fused::LORA_FUSED_ISA {
 

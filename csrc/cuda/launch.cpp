@@ -4,6 +4,8 @@
 #include <mutex>
 #include <tuple>
 
+#include "launchers.h"
+
 namespace lora_fused::cuda {
 namespace {
 
@@ -66,6 +68,15 @@ cudaError_t launch_raw(const Launch& how, void** args, const char** step) {
       write_attributes(how, how.dependent ? device_properties(device).capability : 0, attributes);
   *step = "launch";
   return cudaLaunchKernelExC(&config, how.kernel.function, args);
+}
+
+void refuse(const char* what, i64 got, const std::string& expected) {
+  throw std::invalid_argument(std::string(what) + ": got " + std::to_string(got) + ", expected " + expected);
+}
+
+unsigned grid_size(std::int64_t blocks) {
+  if (blocks < 0 || blocks > 0x7fffffff) refuse("blocks of the grid", blocks, "at most 2^31 - 1");
+  return static_cast<unsigned>(blocks);
 }
 
 int resident_blocks_per_sm(const Kernel& kernel, int threads, std::size_t shared_bytes) {

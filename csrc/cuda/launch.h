@@ -10,6 +10,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 #include "driver.h"
@@ -52,6 +53,9 @@ void launch(const Kernel& kernel, dim3 grid, dim3 block, unsigned cluster, std::
             cudaStream_t stream, const Args& args, bool dependent = false) {
   launch(Launch{kernel, grid, block, cluster, shared_bytes, stream, dependent}, args);
 }
+
+// A number of blocks as the x of a grid. Throws std::invalid_argument beyond the 2^31 - 1 that CUDA takes.
+unsigned grid_size(std::int64_t blocks);
 
 // Blocks of this kernel that one multiprocessor of the current device holds at a time, for persistent grids
 // and for kernels whose blocks wait for each other. Asked once per device, kernel and shape. Throws

@@ -12,6 +12,13 @@ LORA_FUSED_DEVICE std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same value, but the compiler does not know: what depends on it is computed where it is used, instead of
+// early and at the price of registers.
+LORA_FUSED_DEVICE int opaque(int value) {
+  asm volatile("mov.b32 %0, %0;" : "+r"(value));
+  return value;
+}
+
 // ---- asynchronous copies: global to shared memory -------------------------------------------------------
 
 // 16 bytes past L1, of which the first `bytes` are read and the rest is zero. 0 reads nothing.

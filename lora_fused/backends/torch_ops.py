@@ -1,7 +1,9 @@
 """The operations by torch alone: any device, any floating dtype. The strategy `library`.
 
-y is the vendor's GEMM followed by an accumulating rank-R GEMM into the same buffer, so that nothing
-of the size of y is ever made twice.
+On the CPU y is the vendor's GEMM followed by an accumulating rank-R GEMM into the same buffer, so
+that nothing of the size of y is ever made twice. Elsewhere the rank-R GEMM writes y first and the
+large GEMM accumulates: y is then read in the shadow of its arithmetic, which saves a pass over y,
+and the scale of s rides in its GEMM, which saves a launch.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ def not_supported_reasons(problem: Problem) -> list[str]:
 
 def shrink(route: Route, x: Tensor, a: Tensor, scale: float, mask: Mask | None = None) -> Tensor:
     """s [M, R] = scale · (mask ⊙ x) aᵀ from x [..., K] and a [R, K]."""
-    s = torch.mm(_dropped(flatten(x), mask), a.t())
+    rows = _dropped(flatten(x), mask)
+    if route.problem.device_type != "cpu":
+        return _scaled_mm(rows, a.t(), scale)
+    s = torch.mm(rows, a.t())
     return s if scale == 1.0 else s.mul_(scale)
 
 
@@ -44,6 +49,9 @@ def matmul(
     """
     forward = direction == "forward"
     x2, w = flatten(x), weight.t() if forward else weight
+    if route.problem.device_type != "cpu" and s is not None and adapter is not None and out is None:
+        y = rank_first(x2, w, s, adapter.t() if forward else adapter, bias, mask)
+        return y.view(route.y_shape if forward else route.x_shape)
     if out is not None:
         y = flatten(out).addmm_(x2, w)
     else:
@@ -52,6 +60,25 @@ def matmul(
         l = adapter.t() if forward else adapter
         y = y.addmm_(s, l) if mask is None else y.add_(_dropped(torch.mm(s, l), mask))
     return y.view(route.y_shape if forward else route.x_shape)
+
+
+def rank_first(
+    x: Tensor, w: Tensor, s: Tensor, l: Tensor, bias: Tensor | None, mask: Mask | None
+) -> Tensor:
+    """x w + mask ⊙ (s l) + bias; the GEMM with the long contraction comes last and accumulates."""
+    if mask is not None:
+        y = torch.mm(s, l)
+        y.mul_(mask.keep(y.shape[0], y.shape[1], y.device))
+        if bias is not None:
+            y.add_(bias)
+    else:
+        y = torch.mm(s, l) if bias is None else torch.addmm(bias, s, l)
+    return y.addmm_(x, w)
+
+
+def _scaled_mm(x: Tensor, w: Tensor, scale: float) -> Tensor:
+    """scale · x w in one launch; beta = 0 leaves the empty buffer unread."""
+    return x.new_empty(x.shape[0], w.shape[1]).addmm_(x, w, beta=0, alpha=scale)
 
 
 def shrink_reduce(
@@ -67,9 +94,12 @@ def shrink_reduce(
     dy2 = flatten(dy)
     ds = db = None
     if need_ds and b is not None:
-        ds = torch.mm(dy2, b)
-        if scale != 1.0:
-            ds.mul_(scale)
+        if route.problem.device_type != "cpu":
+            ds = _scaled_mm(dy2, b, scale)
+        else:
+            ds = torch.mm(dy2, b)
+            if scale != 1.0:
+                ds.mul_(scale)
     if db_dtype is not None and s is not None:
         db = torch.mm(dy2.t(), s).to(db_dtype)
     return ds, db

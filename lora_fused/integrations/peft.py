@@ -23,8 +23,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_fused.dispatch import resolve_backend
-from lora_fused.integrations.peft_guards import NO_ADAPTER, Options, why_stock_layer
-from lora_fused.integrations.peft_layer import Acceleration, FusedLinear
+from lora_fused.integrations import grouping
+from lora_fused.integrations.acceleration import Acceleration
+from lora_fused.integrations.guards import NO_ADAPTER, Options
+from lora_fused.integrations.peft_guards import why_stock_layer
+from lora_fused.integrations.peft_layer import FusedLinear
 from lora_fused.integrations.report import LayerStatus, Report
 
 __all__ = ["FusedLinear", "Report", "accelerate", "accelerated", "explain", "register", "restore"]
@@ -43,6 +46,7 @@ def accelerate(
     backend: str = "auto",
     match_torch_rng: bool = False,
     cast_adapters: bool = True,
+    group: str = "auto",
     verbose: bool = True,
 ) -> Report:
     """Compute the LoRA linear layers of a PEFT model by lora_fused, in place.
@@ -59,17 +63,24 @@ def accelerate(
         cast_adapters: adapters of another dtype than the base weight (PEFT keeps them in fp32 by
             default) are read in the dtype of the input, as under autocast; their gradients come
             back in their own dtype. False leaves such layers to PEFT, which casts the input up.
+        group: "auto" computes siblings that receive the very same input (q/k/v, gate/up) as one
+            group where that was measured not to be slower, "always" wherever it is safe, "never"
+            not at all. Which layers these are is learnt in the first pass; see
+            lora_fused.integrations.grouping. The layers of a group are one node of the autograd
+            graph: a backward through one of them alone frees what all of them saved.
         verbose: print the report to stderr.
 
-    Returns a Report. Raises ValueError for an unknown backend.
+    Returns a Report. Raises ValueError for an unknown backend or group.
     """
     resolve_backend(backend)
+    grouping.check(group)
     options = Options(backend, match_torch_rng, cast_adapters)
     for module in model.modules():
         if type(module) is Linear and _why_not_swappable(module) is None:
             _swap(module, options)
         elif type(module) is FusedLinear:
             module._lora_fused.options = options
+    grouping.attach_all(model, group)
     report = explain(model)
     for module in model.modules():
         if type(module) is FusedLinear:
@@ -82,6 +93,7 @@ def accelerate(
 def restore(model: nn.Module) -> None:
     """Give every accelerated layer of a model its own class back. Nothing else had changed."""
     for module in model.modules():
+        grouping.detach(module)
         if type(module) is FusedLinear:
             _swap_back(module)
 
@@ -93,10 +105,12 @@ def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
     Layers that were accelerated before stay so, with the options they had.
     """
     before = {m: m._lora_fused.options for m in model.modules() if type(m) is FusedLinear}
+    groups = {m: grouping.siblings_of(m) for m in model.modules()}
     try:
         yield accelerate(model, **options)
     finally:
         for module in model.modules():
+            grouping.put_back(module, groups.get(module))
             if module in before and type(module) is FusedLinear:
                 module._lora_fused.options = before[module]
             elif type(module) is FusedLinear:
@@ -108,8 +122,9 @@ def register(config: peft.LoraConfig, **options: Any) -> peft.LoraConfig:
 
     For code that builds the model itself from a config, such as a trainer. Pass the config also to
     PeftModel.from_pretrained(config=...): PEFT does not save the registration. Options are those of
-    accelerate, without verbose. Only exact nn.Linear and Conv1D are taken, so that quantised
-    layers keep their own classes. Returns the config.
+    accelerate, without verbose and group: siblings are grouped by accelerate only. Only exact
+    nn.Linear and Conv1D are taken, so that quantised layers keep their own classes. Returns the
+    config.
     """
     resolve_backend(options.get("backend", "auto"))
     chosen = Options(**options)
@@ -133,7 +148,8 @@ def explain(model: nn.Module) -> Report:
     """What is fused in a model now and what is not, with the calls counted so far."""
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
     layers = tuple(_status(name, module) for name, module in found)
-    return Report(layers, _notes([m for _, m in found if type(m) is FusedLinear]))
+    notes = _notes([m for _, m in found if type(m) is FusedLinear])
+    return Report(layers, notes, grouping.statuses(model))
 
 
 def _swap(layer: Any, options: Options) -> None:

@@ -4,7 +4,7 @@ from tests.ptx_emulator import run
 run(ptx, "my_kernel", grid=4, block=128, args=[x, y, 1000]).check()
 """
 
-from .launch import Struct, TensorMap, Uninitialised, run
+from .launch import Offset, Struct, TensorMap, Uninitialised, run
 from .report import Counters, Finding, Report, UnknownInstruction
 from .schedule import EVERY_SCHEDULE, TOGETHER, Schedule
 from .syntax import parse
@@ -14,6 +14,7 @@ __all__ = [
     "TOGETHER",
     "Counters",
     "Finding",
+    "Offset",
     "Report",
     "Schedule",
     "Struct",

@@ -54,6 +54,14 @@ class Struct:
         object.__setattr__(self, "fields", fields)
 
 
+@dataclass(frozen=True, eq=False)
+class Offset:
+    """A pointer into a buffer, `nbytes` behind its start; the buffer may be `Uninitialised`."""
+
+    array: np.ndarray | Uninitialised
+    nbytes: int
+
+
 class TensorMap:
     """A `__grid_constant__` tensor map of an array; see tensor_map.encode_tiled.
 
@@ -108,7 +116,7 @@ class _Buffers:
         if isinstance(arg, Struct):
             for field in arg.fields:
                 self._collect(field)
-        elif isinstance(arg, TensorMap):
+        elif isinstance(arg, (TensorMap, Offset)):
             self._collect(arg.array)
         elif isinstance(arg, Uninitialised):
             self._add(arg.array, False)
@@ -245,6 +253,9 @@ def _write_params(machine: Machine, kernel: Kernel, args: Sequence, buffers: _Bu
         return memory.starts[buffers.index(array)] + GlobalSpace.base
 
     def encode(arg, size: int) -> bytes:
+        if isinstance(arg, Offset):
+            start = int.from_bytes(encode(arg.array, 8), "little")
+            return (start + arg.nbytes).to_bytes(8, "little")
         if isinstance(arg, Uninitialised):
             arg = arg.array
         if isinstance(arg, np.ndarray):

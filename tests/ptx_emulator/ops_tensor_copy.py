@@ -143,8 +143,9 @@ def _tensor_load(machine: Machine, ins: Instruction, mods: Modifiers, rank: int)
         rows = zip(group.lanes.tolist(), tensor.each(group), ats, barriers, masks, strict=True)
         for lane, (decoded, coordinates), at, barrier, mask in rows:
             shifts = _multicast(machine, lane, at, mask) if multicast else [0]
-            for shift in shifts:
-                _start_load(machine, ins, lane, decoded, coordinates, at + shift, barrier + shift)
+            for i, shift in enumerate(shifts):
+                to_one = at + shift, barrier + shift
+                _start_load(machine, ins, lane, decoded, coordinates, *to_one, counted=i == 0)
 
     return run
 
@@ -161,7 +162,10 @@ def _multicast(machine: Machine, lane: int, at: int, mask: int) -> list[int]:
     return [(first + rank - slot) * stride for rank in ranks]
 
 
-def _start_load(machine: Machine, ins, lane: int, decoded, coordinates, at: int, barrier: int):
+def _start_load(
+    machine: Machine, ins, lane: int, decoded, coordinates, at: int, barrier: int, counted: bool
+) -> None:
+    """Into one block. A multicast reads global memory once: `counted` for its first block."""
     box, shared_at = _box(machine, decoded, coordinates, at, store=False)
     size = box.element_bytes
     machine.shared.check(shared_at, size, "store")
@@ -174,7 +178,7 @@ def _start_load(machine: Machine, ins, lane: int, decoded, coordinates, at: int,
         values[inside] = machine.memory.load(origin, size, size)[:, 0]
         _read_globally(machine, lane, origin, size)
         machine.shared.store(shared_at, values[:, None])
-        if machine.counters is not None:
+        if machine.counters is not None and counted:
             machine.traffic.access("load", machine.memory, np.full(len(origin), lane), origin, size)
         write.complete()
 

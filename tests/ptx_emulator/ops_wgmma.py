@@ -195,4 +195,4 @@ def _uniform(machine: Machine, values: np.ndarray, group: Group, count: int) -> 
     values = np.broadcast_to(values, group.n).reshape(count, 128)
     if (values != values[:, :1]).any():
         machine.stop("divergence", "scale-d differs within a warpgroup", None)
-    return values[:, 0]
+    return values[:, 0].copy()  # not a view: the register may change before the operation runs

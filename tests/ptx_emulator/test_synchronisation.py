@@ -313,6 +313,13 @@ def test_counters() -> None:
     assert counters.shared_wavefronts == counters.ideal_wavefronts, "the swizzle has no conflicts"
 
 
+def test_a_multicast_reads_global_memory_once() -> None:
+    """A cluster of two: each block loads its own x, and half of w for both."""
+    case = Case("hopper_gemm", {"M": 128, "N": 64, "K": 64}, options={"counters": True})
+    counters = case.run().report.counters
+    assert counters.global_bytes["load"] == 2 * (128 * 64 + 64 * 64)
+
+
 def test_bank_conflicts_are_counted() -> None:
     body = "shl.b32 %r1, %t, 7; mov.u32 %r2, smem; add.s32 %r1, %r1, %r2; st.shared.b32 [%r1], 1;"
     text = kernel(body, 0, declarations=".extern .shared .align 16 .b8 smem[];")

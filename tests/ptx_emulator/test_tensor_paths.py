@@ -210,6 +210,8 @@ FRAGMENT = "{%r70, %r71, %r72, %r73}"
         (_step(100, FRAGMENT) + COMMIT + "mov.b32 %r70, 1;", {"in-flight"}),
         (_step(100, FRAGMENT) + COMMIT + WAIT_ALL + "mov.b32 %r70, 1;", set()),
         (_step(70) + COMMIT + _step(100, FRAGMENT) + COMMIT, {"in-flight"}),
+        # scale-d is read when the operation is issued, not when it runs
+        (_step(100) + COMMIT + "setp.eq.b32 %p1, 0, 0;", set()),
         # wgmma.fence: "between a register access ... and any wgmma.mma_async that accesses the
         # same registers", but not between accumulators of the same shape
         (_step(100) + _step(100, scale_d="%p2") + COMMIT, set()),

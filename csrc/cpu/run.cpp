@@ -1,0 +1,71 @@
+// The one place where engines and loop nests are instantiated.
+#include "gemm.h"
+#include "operations.h"
+#include "small.h"
+
+namespace lora_fused::LORA_FUSED_ISA {
+namespace {
+
+// Calls f with the engine and the element type that serve dtype here.
+template <class F>
+LORA_FUSED_INLINE void with_engine(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f.template operator()<VectorEngine<false>, float>();
+    case DType::f16:
+      return f.template operator()<VectorEngine<false>, Float16>();
+#if defined(__AMX_BF16__)
+    case DType::bf16:
+      return f.template operator()<AmxEngine, BFloat16>();
+#elif defined(__AVX512BF16__)
+    case DType::bf16:
+      return f.template operator()<VectorEngine<true>, BFloat16>();
+#else
+    case DType::bf16:
+      return f.template operator()<VectorEngine<false>, BFloat16>();
+#endif
+  }
+}
+
+template <class Engine>
+i64 panel_words(i64 K) {
+  return padded_words<Engine>(K) * kPanel;
+}
+
+}  // namespace
+
+void run(DType dtype, const Gemm& gemm, int threads) {
+  with_engine(dtype, [&]<class Engine, class T>() {
+    const auto go = [&](auto body) { parallel(threads, body); };
+    if (is_dot(gemm)) return go(DotRun<T, Engine::kIsPairs>(gemm));
+    if (is_axpy(gemm)) return go(AxpyRun<T>(gemm));
+    go(GemmRun<Engine, T>(gemm));
+  });
+}
+
+void write_sums(const Gemm& gemm, i64 rows, i64 cols, const float* sums, i64 pitch) {
+  for (i64 r = 0; r < rows; r += kLanes)
+    write_output<float>(gemm, r, min(kLanes, rows - r), 0, cols, sums + r * pitch, pitch);
+}
+
+i64 packed_bytes(DType dtype, i64 K, i64 N) {
+  i64 bytes = 0;
+  with_engine(dtype,
+              [&]<class Engine, class T>() { bytes = ceil_div(N, kPanel) * panel_words<Engine>(K) * 4; });
+  return bytes;
+}
+
+void pack(DType dtype, const PackArgs& args) {
+  with_engine(dtype, [&]<class Engine, class T>() {
+    const i64 panels = ceil_div(args.N, kPanel);
+    auto body = [&](int thread, int num_threads) {
+      for (i64 p = panels * thread / num_threads; p < panels * (thread + 1) / num_threads; ++p)
+        pack_panels<T, Engine::kIsPairs>(args.w, p * kPanel, min(kPanel, args.N - p * kPanel), 0, args.K,
+                                         padded_words<Engine>(args.K),
+                                         args.packed + p * panel_words<Engine>(args.K), 0);
+    };
+    parallel(args.threads, body);
+  });
+}
+
+}  // namespace lora_fused::LORA_FUSED_ISA

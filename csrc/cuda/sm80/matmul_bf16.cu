@@ -1,0 +1,3 @@
+#include "instantiate.cuh"
+
+LORA_FUSED_SM80_VARIANTS_BF16(LORA_FUSED_SM80_KERNEL, bf16, bf16)

@@ -1,0 +1,3 @@
+#include "instantiate.cuh"
+
+LORA_FUSED_SM80_VARIANTS_16BIT(LORA_FUSED_SM80_KERNEL, f16, fp16)

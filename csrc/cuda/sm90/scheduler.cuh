@@ -1,0 +1,75 @@
+// Which tile a cluster computes next: tickets from a counter in global memory, so that fast clusters take
+// more.
+//
+// S tiles have the first tickets. A block that waits for s therefore waits for tiles whose clusters have
+// started and wait for nothing themselves, however few clusters are resident. Every cluster takes one
+// ticket more than there are tiles for it; the counter wraps to zero with the last of these.
+#pragma once
+
+#include "tile.cuh"
+
+namespace lora_fused::sm90 {
+
+// Row tile (of the cluster) and column tile; column < 0: the S tile number -1 - column. row < 0: no more
+// work.
+struct Tile {
+  int row, column;
+};
+
+// Column tiles are visited for 8 row tiles at a time: together these share what they read through L2.
+constexpr int kRasterRows = 8;
+
+LORA_FUSED_DEVICE Tile tile_of(const MatmulArgs& args, std::uint32_t ticket) {
+  const std::uint32_t shrink_tiles = args.shrink_members * args.shrink_passes;
+  if (ticket < args.row_tiles * shrink_tiles) {
+    return {int(ticket / shrink_tiles), -1 - int(ticket % shrink_tiles)};
+  }
+  ticket -= args.row_tiles * shrink_tiles;
+  if (ticket >= std::uint32_t(args.row_tiles) * args.column_tiles) return {-1, 0};
+  const std::uint32_t per_group = kRasterRows * args.column_tiles;
+  const int group = ticket / per_group, inside = ticket % per_group;
+  const int rows = min(kRasterRows, args.row_tiles - group * kRasterRows);
+  return {group * kRasterRows + inside % rows, inside / rows};
+}
+
+LORA_FUSED_DEVICE std::uint32_t take_ticket(const MatmulArgs& args, std::uint32_t clusters) {
+  const std::uint32_t tiles = args.row_tiles * (args.shrink_members * args.shrink_passes + args.column_tiles);
+  return ptx::atom_inc_acq_rel(args.words + kTicket, tiles + clusters - 1);
+}
+
+// Tells every block of the cluster its next tile. NOTE: the slot is free: its last tile began at least
+// kStages stages ago, and the caller has seen all of the cluster's consumers release the stage it now fills.
+template <class G>
+LORA_FUSED_DEVICE void announce(const Shared<G>& shared, int slot, Tile tile) {
+  for (std::uint32_t rank = 0; rank < ptx::cluster_size(); ++rank) {
+    ptx::st_cluster_64(ptx::map_to_rank(shared.tile(slot), rank), tile.row, tile.column);
+    ptx::mbarrier_arrive_cluster(ptx::map_to_rank(shared.announced(slot), rank));
+  }
+}
+
+template <class G>
+LORA_FUSED_DEVICE Tile announced_tile(const Shared<G>& shared, int slot) {
+  const uint2 words = ptx::ld_shared_64(shared.tile(slot));
+  return {int(words.x), int(words.y)};
+}
+
+// The member of a group that owns a column tile of y.
+LORA_FUSED_DEVICE int member_of(const MatmulArgs& args, int column) {
+  return (column >= args.member[1].first_tile) + (column >= args.member[2].first_tile);
+}
+
+// Puts the flags back to zero once every block of the grid has read those it needed. One warp.
+LORA_FUSED_DEVICE void leave(const MatmulArgs& args) {
+  std::uint32_t before = 0;
+  const int lane = threadIdx.x % 32;
+  if (lane == 0) before = ptx::atom_inc_acq_rel(args.words + kLeft, gridDim.x - 1);
+  before = __shfl_sync(0xffffffffu, before, 0);
+  __syncwarp();  // what lane 0 acquired is known to all lanes
+  if (before != gridDim.x - 1) return;
+  const int flags = args.row_tiles * ptx::cluster_size();
+  for (int i = lane; i < flags; i += 32) {
+    ptx::st_relaxed(args.words + kFlags + i, 0);
+  }
+}
+
+}  // namespace lora_fused::sm90

@@ -1,0 +1,1 @@
+"""Device code, one file per operation. Nothing here knows about torch."""

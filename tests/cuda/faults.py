@@ -1,0 +1,54 @@
+"""Seeded faults: one instruction of a compiled kernel is changed, and something must notice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from tests.ptx_emulator import EVERY_SCHEDULE, TOGETHER
+
+
+class Fault(NamedTuple):
+    """The nth match of `pattern` in the kernel becomes `new`; one of `kinds` is found.
+
+    Without kinds the fault shows in the numbers alone."""
+
+    name: str
+    pattern: str
+    nth: int
+    new: str
+    kinds: set[str]
+
+
+def edited(fault: Fault) -> Callable[[str, str], str]:
+    """The change as EmulatedGpu's `edit`; it touches one kernel only."""
+
+    def edit(kernel: str, text: str) -> str:
+        start = text.index(f".entry {kernel}(")
+        end = text.find(".entry ", start + 1)
+        end = len(text) if end < 0 else end
+        body = text[start:end]
+        matches = list(re.finditer(fault.pattern, body))
+        assert len(matches) > fault.nth, f"{kernel} has {len(matches)} of {fault.pattern}"
+        match = matches[fault.nth]
+        changed = body[: match.start()] + match.expand(fault.new) + body[match.end() :]
+        return text[:start] + changed + text[end:]
+
+    return edit
+
+
+def assert_caught(fault: Fault, once: Callable[[Any, Any], tuple[Any, torch.Tensor]]) -> None:
+    """`once(edit, schedule)` runs the kernel: report and result."""
+    _, right = once(None, TOGETHER)
+    found: set[str] = set()
+    for schedule in EVERY_SCHEDULE:
+        report, got = once(edited(fault), schedule)
+        found |= report.kinds()
+        if not fault.kinds and not torch.equal(got, right):
+            return
+        if found & fault.kinds:
+            return
+    raise AssertionError(f"{fault.name}: found {found or 'nothing'}, expected {fault.kinds}")

@@ -1,0 +1,1 @@
+"""A stand-in for torchtune where it is not installed: see modules/peft."""
