@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import model_gpu
+from benchmarks.claims import suite as claims
 from benchmarks.goals import goal_rows
 from benchmarks.progress import Progress
 from benchmarks.providers import FROZEN, PROVIDERS
@@ -39,6 +40,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     mode.add_argument(
         "--full", action="store_true", help="every combination of what is named below"
+    )
+    parser.add_argument(
+        "--suite",
+        choices=("layer", "claims"),
+        default="layer",
+        help="layer: the LoRA tax (default); claims: the LoRA paper's, on this machine",
     )
     parser.add_argument(
         "--threads", type=int, default=1, help="1 is timed by CPU time, more by the wall clock"
@@ -89,6 +96,9 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
 def main() -> None:
     console = Console()
     args = parse(sys.argv[1:])
+    if args.suite == "claims":
+        claims.run(console, args.json or LOCAL / f"{datetime.now():%Y%m%d-%H%M%S}-claims.json")
+        return
     if args.model_gpu:
         try:
             model_gpu.main(args.model_gpu, args.dropout, args.json, console)
