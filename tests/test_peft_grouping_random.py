@@ -42,6 +42,11 @@ def write_base(parent: Any, state: dict[str, Any]) -> None:
     layer_in(parent, state).base_layer.weight.add_(0.1)
 
 
+def replace_data(parent: Any, state: dict[str, Any]) -> None:
+    weight = layer_in(parent, state).lora_B["default"].weight
+    weight.data = weight.data * 1.1
+
+
 def replace_lora_a(parent: Any, state: dict[str, Any]) -> None:
     module = layer_in(parent, state).lora_A["default"]
     module.weight = torch.nn.Parameter(module.weight * 0.9)
@@ -82,8 +87,8 @@ def hook_inside(parent: Any, state: dict[str, Any]) -> None:
 
 
 EVENTS: list[Event] = [
-    write_x, new_x, write_lora_b, write_base, replace_lora_a, rescale, other_adapter, both_adapters,
-    switch, merge, hook, hook_inside,
+    write_x, new_x, write_lora_b, write_base, replace_data, replace_lora_a, rescale,
+    other_adapter, both_adapters, switch, merge, hook, hook_inside,
 ]  # fmt: skip
 
 

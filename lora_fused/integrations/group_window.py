@@ -44,9 +44,13 @@ class _Ready(NamedTuple):
 
 
 def facts_of(tensors: Iterable[Tensor | None], *others: Any) -> tuple[Any, ...]:
-    """Identity, version and requires_grad of tensors, and whatever else decides the output."""
-    return (*((None if t is None else (id(t), _version(t), t.requires_grad)) for t in tensors),
-            *others)  # fmt: skip
+    """Identity, memory, version and requires_grad of tensors, and whatever else decides the output.
+
+    NOTE: what is written past autograd (x.data.mul_(2)) changes none of them.
+    """
+    of_each = (None if t is None else (id(t), t.data_ptr(), _version(t), t.requires_grad)
+               for t in tensors)  # fmt: skip
+    return (*of_each, *others)
 
 
 def _version(t: Tensor) -> int | None:
@@ -157,7 +161,7 @@ class Window:
         backend = members[0].backend
         ys = lora_linear_group(x, [m.weights for m in members], backend=backend)
         self.siblings.calls += 1
-        around = (_version(x), x.requires_grad, _modes(x))
+        around = facts_of([x], _modes(x))
         for name, member, y in zip(group[1:], members[1:], ys[1:], strict=True):
             self.ready[name] = _Ready(y, x, (around, member.facts))
         return ys[0]
@@ -183,7 +187,7 @@ class Window:
             self.siblings.miss(f"{name}: called on another input than its siblings")
             return None
         member = self._member(name, x)
-        around = (_version(x), x.requires_grad, _modes(x))
+        around = facts_of([x], _modes(x))
         if isinstance(member, str) or ready.facts != (around, member.facts):
             self.siblings.miss(f"{name}: something changed after its siblings were called")
             return None
