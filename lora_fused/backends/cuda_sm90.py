@@ -111,23 +111,6 @@ def candidates(problem: Problem, device: Device, operation: str) -> list[Candida
     ]
 
 
-def matmul(
-    chosen: Tiles,
-    direction: str,
-    x: Tensor,
-    weight: Tensor,
-    s: Tensor,
-    adapter: Tensor,
-    bias: Tensor | None,
-    mask: Mask | None,
-    y: Tensor,
-) -> Tensor:
-    """See torch_ops.matmul: into y, with s given."""
-    mask = None if direction == "forward" else mask
-    run(chosen, direction, [Layer(x, weight, None, adapter, s, y, 0.0, bias, mask)])
-    return y
-
-
 def run(chosen: Tiles, direction: str, layers: Sequence[Layer]) -> None:
     """One launch over the layers: y of each (forward) or of the first (dx), and s where shrink is.
 
