@@ -111,23 +111,6 @@ def candidates(problem: Problem, device: Device, operation: str) -> list[Candida
     ]
 
 
-def matmul(
-    chosen: Tiles,
-    direction: str,
-    x: Tensor,
-    weight: Tensor,
-    s: Tensor,
-    adapter: Tensor,
-    bias: Tensor | None,
-    mask: Mask | None,
-    y: Tensor,
-) -> Tensor:
-    """See torch_ops.matmul: into y, with s given."""
-    mask = None if direction == "forward" else mask
-    run(chosen, direction, [Layer(x, weight, None, adapter, s, y, 0.0, bias, mask)])
-    return y
-
-
 def run(chosen: Tiles, direction: str, layers: Sequence[Layer]) -> None:
     """One launch over the layers: y of each (forward) or of the first (dx), and s where shrink is.
 
@@ -173,7 +156,8 @@ def _entry(layer: Layer, shrink: Tensor | None, target: Tensor, rank: int, dx: b
     s = aligned(layer.s) if layer.shrink is None else layer.s
     a = expand if shrink is None else aligned(shrink)
     y, bias = flatten(layer.y), layer.bias
-    bias = bias.contiguous() if bias is not None else None
+    if bias is not None and (bias.stride(0) != 1 or bias.data_ptr() % 4):
+        bias = bias.clone(memory_format=torch.contiguous_format)
     words = (
         matrix(x), matrix(weight), matrix(a), matrix(expand),
         output(matrix(s), s.dtype), output(matrix(y), y.dtype),
@@ -207,6 +191,7 @@ def aligned(t: Tensor) -> Tensor:
     good = t.stride(1) == 1 or t.shape[1] == 1
     if good and t.data_ptr() % 16 == 0 and (t.shape[0] == 1 or t.stride(0) % _ROW == 0):
         return t
-    padded = -(-t.shape[1] // _ROW) * _ROW
-    copy = torch.empty(t.shape[0], padded, dtype=t.dtype, device=t.device)[:, : t.shape[1]]
-    return copy.copy_(t)
+    beyond = -t.shape[1] % _ROW
+    if beyond:
+        return torch.nn.functional.pad(t, (0, beyond))[:, : t.shape[1]]
+    return t.clone(memory_format=torch.contiguous_format)

@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_fused.backends import cuda, cuda_native
+from lora_fused.backends import cuda, cuda_native, cuda_sm90
 from tests.ptx_emulator import TOGETHER, Offset, Report, Schedule, Struct, Uninitialised, run
 from tests.ptx_emulator.layouts import Swizzle
 from tests.ptx_emulator.tensor_map import encode_tiled
@@ -158,7 +158,7 @@ class EmulatedGpu:
         module.control.reset([self.device, self.device])
         module.control.on_launch(self._launch)
         module.control.on_tensor_map(_tensor_map)
-        for where in (cuda, cuda_native):
+        for where in (cuda, cuda_native, cuda_sm90):
             self.patch.setattr(where, "native", lambda: module)
             self.patch.setattr(where, "place_of", self.place_of)
         self.patch.setattr(cuda_native, "_words", {})

@@ -1,4 +1,4 @@
-"""What ptxas made of the sm_90a matmul, and its exact traffic: registers, machine code, bytes, wavefronts."""
+"""What ptxas made of the sm_90a matmul, and its exact traffic in bytes and wavefronts."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.ptx_emulator import EVERY_SCHEDULE, TOGETHER, Schedule
 
-from .sm90 import STAGES, Case
+from .sm90 import STAGES, Case, kernel_text
 
 QUICK = (TOGETHER, Schedule("reversed", "late"))
 LAYER = Case(200, ((264, 136, 16),))  # ragged in every dimension; two row and two column tiles
@@ -73,6 +73,14 @@ def test_every_phase_of_the_ring(block_n: int) -> None:
     for blocks in range(1, STAGES[block_n] + 1):
         sizes = ((2 * block_n, 64 * blocks, 16),)
         Case(100, sizes, cluster=1, clusters=1, block_n=block_n).run(QUICK[1]).check()
+
+
+def test_nothing_is_touched_before_the_kernel_before_is_done() -> None:
+    """Programmatic dependent launch: griddepcontrol.wait comes first."""
+    case = LAYER.but(sizes=((72, 72, 16),), bias=True, p=0.3)
+    case.run(dependent=True).check()
+    text = kernel_text(case.kernel).replace("griddepcontrol.wait;", "")
+    assert case.run(dependent=True, text=text).report.kinds() == {"dependent-launch"}
 
 
 def test_scale_zero_when_everything_is_dropped() -> None:

@@ -61,8 +61,9 @@ const Variant& variant_of(Math math, const MatmulLaunch& p) {
   refuse("dtype", static_cast<i64>(math), "1 (bf16) or 2 (fp16)");
 }
 
+// NOTE: not to INT_MAX: a tile's last row and column are counted beyond the matrix.
 void check_size(const char* what, i64 size) {
-  if (size < 1 || size > INT_MAX) refuse(what, size, "1 to 2^31 - 1");
+  if (size < 1 || size > INT_MAX - 1023) refuse(what, size, "1 to 2^31 - 1024");
 }
 
 void check(const MatmulLaunch& p) {
@@ -75,6 +76,8 @@ void check(const MatmulLaunch& p) {
   for (int i = 0; i < p.members; ++i) {
     const Layer& layer = p.layer[i];
     check_size("columns", layer.columns), check_size("depth", layer.depth), check_size("R", layer.rank);
+    const i64 bias_offset = static_cast<i64>(reinterpret_cast<std::uintptr_t>(layer.bias) % 4);
+    if (bias_offset != 0) refuse("bias", bias_offset, "an address that 4 divides");
     if (p.dx && layer.columns != p.layer[0].columns)
       refuse("columns", layer.columns, "as many as the first member's");
     if (!p.dx && layer.depth != p.layer[0].depth) refuse("depth", layer.depth, "that of the first member");
