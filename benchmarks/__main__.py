@@ -7,6 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks import model_gpu
+from benchmarks.claims import suite as claims
 from benchmarks.goals import goal_rows
 from benchmarks.progress import Progress
 from benchmarks.providers import FROZEN, PROVIDERS
@@ -40,6 +42,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--full", action="store_true", help="every combination of what is named below"
     )
     parser.add_argument(
+        "--suite",
+        choices=("layer", "claims"),
+        default="layer",
+        help="layer: the LoRA tax (default); claims: the LoRA paper's, on this machine",
+    )
+    parser.add_argument(
         "--threads", type=int, default=1, help="1 is timed by CPU time, more by the wall clock"
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all")
@@ -57,6 +65,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=float, metavar="S", help="seconds after which no case starts any more"
     )
+    parser.add_argument(
+        "--model-gpu",
+        metavar="GPU",
+        help="measure nothing: print what the cost model says of h100, h200, a100, l40s, rtx3090, "
+        "rtx4090, rtx5090, b200 or mi300x",
+    )
+    parser.add_argument("--dropout", action="store_true", help="with --model-gpu: p > 0")
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--html", type=Path, metavar="OUT")
     return parser.parse_args(arguments)
@@ -81,6 +96,15 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
 def main() -> None:
     console = Console()
     args = parse(sys.argv[1:])
+    if args.suite == "claims":
+        claims.run(console, args.json or LOCAL / f"{datetime.now():%Y%m%d-%H%M%S}-claims.json")
+        return
+    if args.model_gpu:
+        try:
+            model_gpu.main(args.model_gpu, args.dropout, args.json, console)
+        except ValueError as error:
+            sys.exit(f"python -m benchmarks: {error}")
+        return
     try:
         cases = cases_of(args)
     except ValueError as error:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lora_fused.functional import is_traced
 from lora_fused.group import LoRAWeights, lora_linear_group
-from lora_fused.integrations.grouping_rule import why_it_does_not_pay
+from lora_fused.integrations.grouping_rule import why_it_does_not_pay, why_too_few_tokens
 
 if TYPE_CHECKING:
     from lora_fused.integrations.grouping import Siblings
@@ -117,9 +117,10 @@ class Window:
             return None
         if name in self.ready:
             return self._take(name, x)
-        groups = self.siblings.groups or ()
-        group = next((group for group in groups if group[0] == name), None)
-        return None if group is None else self._lead(group, x)
+        for group in self.siblings.groups or ():
+            if group[0] == name:
+                return self._lead(group, x)
+        return None
 
     def _observe(self, name: str, x: Tensor) -> None:
         """Note a call: in the run of the last one if it is on the same, unchanged tensor."""
@@ -131,11 +132,14 @@ class Window:
 
     def _name_of(self, layer: Any) -> str | None:
         modules = self.parent._modules
-        return next((n for n in self.siblings.names if modules.get(n) is layer), None)
+        for name in self.siblings.names:
+            if modules.get(name) is layer:
+                return name
+        return None
 
     def _lead(self, group: tuple[str, ...], x: Tensor) -> Tensor | None:
         """Compute the whole group and keep the outputs of the siblings."""
-        why = _why_alone(x)
+        why = (None if self.siblings.always else why_too_few_tokens(x)) or _why_alone(x)
         members: list[Member] = []
         for name in group if why is None else ():
             member = self._member(name, x)
