@@ -1,9 +1,10 @@
 """The mma.sync kernel csrc/cuda/sm80: x weightᵀ with the rank as more steps of the contraction.
 
 Runs the strategies "s_first" (one launch makes s and y) and "split" (s is given) in both
-directions on every GPU from sm_80 on, for single layers and for groups of up to three on one x.
-Any strides: nothing is copied; operands whose rows do not begin at multiples of 16 bytes are read
-by elements, slowly.
+directions, for single layers and for groups of up to three on one x. Offered where mma.sync is the
+tensor cores' fast path: sm_80, 86, 89 and 120; it runs on sm_90 and sm_100 too, at a part of their
+speed. Any strides: nothing is copied; operands whose rows do not begin at multiples of 16 bytes are
+read by elements, slowly.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ MAX_MEMBERS = 3
 _MAX_CHUNKS = 24  # pieces of the ranks of all members, of the S tiles of one row of tiles
 
 _STATIC_SHARED = 256  # what is known of three tiles, and a flag
-_TARGETS = (80, 86, 89, 90, 100, 120)
+_TARGETS = (80, 86, 89, 120)
+_SLOW = range(90, 120)  # wgmma and tcgen05 are the fast paths there
 
 
 class _Tile(NamedTuple):
@@ -87,6 +89,8 @@ SHIPPED = [
 def reasons_against(problem: Problem) -> list[str]:
     """Why this kernel cannot run "forward" and "dx" of the problem; empty if it can."""
     reasons = []
+    if problem.device is not None and problem.device.capability in _SLOW:
+        reasons.append(f"mma.sync is not the fast path of sm_{problem.device.capability}")
     if problem.dtype not in _TILES:
         reasons.append("the mma.sync kernel multiplies bfloat16, float16 and float32 as TF32")
     elif problem.dtype == torch.float32 and math_of(problem.dtype) != TF32:
@@ -100,7 +104,9 @@ def reasons_against(problem: Problem) -> list[str]:
 
 def candidates(problem: Problem, device: Device, operation: str) -> list[Candidate]:
     """Every legal way to run "forward" or "dx" on a device."""
-    if operation not in ("forward", "dx") or problem.R == 0 or reasons_against(problem):
+    if operation not in ("forward", "dx") or device.capability in _SLOW:
+        return []
+    if problem.R == 0 or reasons_against(problem):
         return []
     found = []
     for strategy in ("s_first", "split"):

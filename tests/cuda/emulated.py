@@ -25,12 +25,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_fused.backends import cuda, cuda_native, cuda_sm90
+from lora_fused.backends import cuda, cuda_native, cuda_sm80, cuda_sm90
 from tests.ptx_emulator import TOGETHER, Offset, Report, Schedule, Struct, Uninitialised, run
 from tests.ptx_emulator.layouts import Swizzle
 from tests.ptx_emulator.tensor_map import encode_tiled
 
-from . import sm90
+from . import sm80, sm90
 from .compile import ROOT, _module, ptx
 
 BUILD = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
@@ -158,7 +158,7 @@ class EmulatedGpu:
         module.control.reset([self.device, self.device])
         module.control.on_launch(self._launch)
         module.control.on_tensor_map(_tensor_map)
-        for where in (cuda, cuda_native, cuda_sm90):
+        for where in (cuda, cuda_native, cuda_sm80, cuda_sm90):
             self.patch.setattr(where, "native", lambda: module)
             self.patch.setattr(where, "place_of", self.place_of)
         self.patch.setattr(cuda_native, "_words", {})
@@ -184,6 +184,9 @@ class EmulatedGpu:
         """The PTX with this kernel."""
         if kernel.startswith("lora_matmul_sm90_"):
             text = sm90.kernel_text(kernel)
+            return text if self.edit is None else self.edit(kernel, text)
+        if kernel.startswith("lora_matmul_sm80_"):
+            text = sm80.kernel_text(sm80.variant(kernel), self.arch)
             return text if self.edit is None else self.edit(kernel, text)
         source = next(path for prefix, path in SOURCES.items() if kernel.startswith(prefix))
         text = ptx(source, self.arch)

@@ -80,7 +80,7 @@ SHIPPED = variants()
 
 
 def variant(name: str) -> Variant:
-    return next(v for v in SHIPPED if str(v) == name)
+    return next(v for v in SHIPPED if name in (str(v), v.name))
 
 
 @cache

@@ -33,7 +33,15 @@ def ragged(shipped: Variant) -> tuple[int, int, int]:
     return (M, inner, outputs) if direction_of(shipped) == "forward" else (M, outputs, inner)
 
 
-@pytest.mark.parametrize("shipped", SHIPPED, ids=str)
+FP16 = [v for v in SHIPPED if v.math == "f16" and v.block_n > 64]
+"""Differ from the bf16 kernels in the mma and the conversions only; run in the full sweep."""
+
+
+@pytest.mark.parametrize(
+    "shipped",
+    [pytest.param(v, marks=pytest.mark.full) if v in FP16 else v for v in SHIPPED],
+    ids=str,
+)
 def test_every_kernel_on_a_ragged_shape(shipped: Variant) -> None:
     case = make_case(*ragged(shipped), 16, DTYPES[shipped.math], bias=True)
     check(case, direction_of(shipped), shipped, schedule=LATE, grid=3)
@@ -55,7 +63,7 @@ def test_few_and_many_resident_blocks(grid: int, resident: int) -> None:
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("blocks", range(1, 10))
+@pytest.mark.parametrize("blocks", range(1, 7))
 def test_every_residue_of_k_blocks(direction: str, blocks: int) -> None:
     """With fewer blocks than the four stages, s is waited for while the pipeline fills."""
     inner = 32 * blocks - 8
@@ -66,14 +74,13 @@ def test_every_residue_of_k_blocks(direction: str, blocks: int) -> None:
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("rank", [1, 3, 4, 8, 17, 64, 100, 200])
+@pytest.mark.parametrize("rank", [1, 4, 17, 64, 200])
 def test_ranks(direction: str, rank: int) -> None:
     case = make_case(40, 72, 104, rank, torch.bfloat16)
     check(case, direction, SMALL[direction], grid=3)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("math", DTYPES)
+@pytest.mark.parametrize(("math", "p"), [("bf16", 0.1), ("bf16", 1.0), ("f16", 0.1), ("tf32", 0.1)])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_dropout_masks_s_and_the_rank_part_of_dx(direction: str, math: str, p: float) -> None:
     shipped = SMALL[direction]

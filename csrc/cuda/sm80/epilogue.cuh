@@ -96,6 +96,9 @@ LORA_FUSED_DEVICE void store_tile(const Store<T, kStrided>& store, const float (
 #pragma unroll
           for (int n = 0; n < 4; ++n) packed[n] = Numeric<T>::pack(v[n][0], v[n][1]);
           transpose_quad(packed, lane);
+          // NOTE: a shuffle does not order memory: lanes read the old values that others of their quad
+          // overwrite.
+          if (store.accumulate) __syncwarp();
           store.eight(at_row, col + (j + t) * 8, packed);
         } else {
 #pragma unroll

@@ -259,6 +259,7 @@ struct Matmul {
   // takes the ticket after the next.
   LORA_FUSED_DEVICE void run() {
     __shared__ Work works[3];
+    ptx::griddepcontrol_wait();
     take_ticket(works[0]);
     __syncthreads();
     begin(&works[0]);
