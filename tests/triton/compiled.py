@@ -113,10 +113,12 @@ class Compiled:
 
 
 def compile_kernel(request: Request) -> Compiled:
-    """Compile, or take the result of an earlier run."""
+    """Compile, or take the result of an earlier run. Failures are not kept."""
     file = CACHE / f"{request.kernel}-{request.target}-{request.key}.json"
     if not file.exists():
         result = _child().ask(request)
+        if result.error:
+            return result
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=CACHE, delete=False) as out:
             json.dump(asdict(result), out)
@@ -175,7 +177,7 @@ def _compile(request: Request) -> Compiled:
         kernel = getattr(launch.kernels(), request.kernel)
         made = kernel.warmup(*args, grid=(1,), **dict(request.constants), **options)
     except Exception as error:
-        return Compiled(error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
+        return Compiled(error=_reason(error))
     if request.target.startswith("gfx"):
         return _amd(made)
     result = _resources(made.asm["cubin"])
@@ -184,6 +186,13 @@ def _compile(request: Request) -> Compiled:
     result.threads = 32 * made.metadata.num_warps
     result.descriptors = [dict(d) for d in getattr(made.metadata, "tensordesc_meta", None) or []]
     return result
+
+
+def _reason(error: BaseException) -> str:
+    """The words of the innermost error: the outer ones quote the source around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
 
 
 class _NoDevice:

@@ -106,7 +106,7 @@ class _Kernel:
         seen = (seen_by_compiler(args[0]), *(17 for _ in args[1:]))
         request = Request(self.name, seen, constants, self.emulation.target, **options)
         compiled = compile_kernel(request)
-        assert not compiled.error, f"{request}: {compiled.error}"
+        assert not compiled.error, f"{self.name}, {request.target}: {compiled.error}"
         done = Launch(request, compiled, grid)
         self.emulation.launches.append(done)
         if self.emulation.execute:

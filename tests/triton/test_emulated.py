@@ -93,15 +93,15 @@ def layers_on_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("layers_on_the_emulator")
 def test_a_layer_forward_and_backward() -> None:
-    """lora_linear with its autograd on compiled sm_80 code; dropout masks are the CPU's."""
-    with emulated("sm_80") as emulation:
+    """lora_linear with its autograd on compiled sm_90 code; dropout masks are the CPU's."""
+    with emulated("sm_90") as emulation:
         check_case(make_case(40, 48, 64, 8, torch.bfloat16, bias=True, dropout_p=0.3), "triton")
     assert {done.request.kernel for done in emulation.launches} >= {"shrink", "matmul", "reduce"}
 
 
 @pytest.mark.full
 @pytest.mark.usefixtures("layers_on_the_emulator")
-@pytest.mark.parametrize("target", ["sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("target", ["sm_100", "sm_120"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_layers_on_other_targets(target: str, dropout_p: float) -> None:
     with emulated(target):
