@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_fused import checks
 from lora_fused.backends.cpu import PackedWeight
 from lora_fused.config import GRADIENT_NAMES, Problem
-from lora_fused.devices import gpu_of
+from lora_fused.devices import gpu_of, tf32_is_allowed
 
 
 def facts(t: Tensor | None) -> Any:
@@ -23,13 +23,15 @@ def facts(t: Tensor | None) -> Any:
 
 def gpu_facts(x: Tensor, *params: Tensor | None) -> tuple[bool, bool]:
     """Whether all rows are aligned, and whether float32 may be TF32."""
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = x.dtype == torch.float32 and tf32_is_allowed()
     return are_aligned(x, *params), tf32
 
 
 def are_aligned(*tensors: Tensor | None) -> bool:
     """Whether every row begins at a multiple of 16 bytes, as wide loads and TMA want it."""
     for t in tensors:
+        if t is not None and not _is_plain(t):
+            return False
         if t is not None and t.numel() > 0:
             strides = [stride for stride in t.stride() if stride != 1]
             if any((stride * t.element_size()) % 16 for stride in strides) or t.data_ptr() % 16:

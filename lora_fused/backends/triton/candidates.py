@@ -15,7 +15,7 @@ import torch
 
 from lora_fused.backends.triton.resources import RESOURCES
 from lora_fused.config import Candidate, Problem, Tiles
-from lora_fused.devices import Device
+from lora_fused.devices import Device, tf32_is_allowed
 
 DECODE_TOKENS = 16
 MAX_PARTS = 16
@@ -173,7 +173,7 @@ def kind_of(dtype: torch.dtype) -> str:
     """The kind of `Shipped` for a compute dtype, as torch allows TF32 now."""
     if dtype != torch.float32:
         return "half"
-    tf32 = torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None
+    tf32 = tf32_is_allowed() and torch.version.hip is None
     return "tf32" if tf32 else "ieee"
 
 

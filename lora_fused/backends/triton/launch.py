@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_fused.backends.triton import arguments
 from lora_fused.backends.triton.candidates import rank_block, tiles_without_descriptors
 from lora_fused.config import Mask, Tiles
+from lora_fused.devices import tf32_is_allowed
 
 GROUP_M = 8
 _SUM_BLOCK = 1024
@@ -224,7 +225,7 @@ def _parts(length: int, block: int, splits: int) -> tuple[int, int]:
 
 def _precision(dtype: torch.dtype) -> str:
     """tl.dot's input_precision: TF32 only for fp32, and only where torch allows it."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    allowed = dtype == torch.float32 and tf32_is_allowed()
     return "tf32" if allowed else "ieee"
 
 
