@@ -5,11 +5,15 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
+from benchmarks import compare, gpu_report, model_gpu
+from benchmarks.claims import suite as claims
 from benchmarks.goals import goal_rows
 from benchmarks.progress import Progress
 from benchmarks.providers import FROZEN, PROVIDERS
+from benchmarks.record import Results
 from benchmarks.report import write_report
 from benchmarks.run import Settings, run
 from benchmarks.shapes import (
@@ -18,6 +22,7 @@ from benchmarks.shapes import (
     RANKS,
     TOKENS,
     Case,
+    gpu_cases,
     parse_layer,
     product_cases,
     quick_cases,
@@ -40,6 +45,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--full", action="store_true", help="every combination of what is named below"
     )
     parser.add_argument(
+        "--suite",
+        choices=("layer", "claims"),
+        default="layer",
+        help="layer: the LoRA tax (default); claims: the LoRA paper's, on this machine",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--gpu-report",
+        action="store_true",
+        help="all about this GPU, in under 15 minutes: kernels checked, layers timed, one file",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("BEFORE", "AFTER"),
+        help="tell the significant changes between two result files",
+    )
+    parser.add_argument(
         "--threads", type=int, default=1, help="1 is timed by CPU time, more by the wall clock"
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all")
@@ -57,6 +81,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=float, metavar="S", help="seconds after which no case starts any more"
     )
+    parser.add_argument(
+        "--model-gpu",
+        metavar="GPU",
+        help="measure nothing: print what the cost model says of h100, h200, a100, l40s, rtx3090, "
+        "rtx4090, rtx5090, b200 or mi300x",
+    )
+    parser.add_argument("--dropout", action="store_true", help="with --model-gpu: p > 0")
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--html", type=Path, metavar="OUT")
     return parser.parse_args(arguments)
@@ -72,6 +103,8 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     dtypes, tokens, ranks = args.dtype or DTYPES, args.m or TOKENS, args.r or RANKS
     if args.full:
         return product_cases(layers, dtypes, tokens, ranks)
+    if args.device != "cpu" and not (args.layers or args.m or args.r):
+        return [c for c in gpu_cases() if c.dtype in dtypes]
     return [
         c for c in quick_cases()
         if c.layer in layers and c.dtype in dtypes and c.M in tokens and c.R in ranks
@@ -81,6 +114,29 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
 def main() -> None:
     console = Console()
     args = parse(sys.argv[1:])
+    if args.compare:
+        try:
+            compare.show(console, compare.compare(*map(Results.load, args.compare)))
+        except (OSError, ValueError) as error:
+            sys.exit(f"python -m benchmarks: {error}")
+        return
+    if (args.gpu_report or args.device != "cpu") and not torch.cuda.is_available():
+        sys.exit("python -m benchmarks: torch sees no GPU")
+    if args.gpu_report:
+        stem = LOCAL / f"{datetime.now():%Y%m%d-%H%M%S}-gpu"
+        json_path = args.json or stem.with_suffix(".json")
+        sys.exit(
+            gpu_report.main("cuda", json_path, args.html or json_path.with_suffix(".html"), console)
+        )
+    if args.suite == "claims":
+        claims.run(console, args.json or LOCAL / f"{datetime.now():%Y%m%d-%H%M%S}-claims.json")
+        return
+    if args.model_gpu:
+        try:
+            model_gpu.main(args.model_gpu, args.dropout, args.json, console)
+        except ValueError as error:
+            sys.exit(f"python -m benchmarks: {error}")
+        return
     try:
         cases = cases_of(args)
     except ValueError as error:
@@ -94,7 +150,8 @@ def main() -> None:
         args.rounds,
         args.cold,
         budget,
-        not args.no_memory,
+        not args.no_memory and args.device == "cpu",
+        args.device,
     )
     providers = [p for p in PROVIDERS if not args.providers or p.name in (FROZEN, *args.providers)]
     json_path = args.json or LOCAL / f"{datetime.now():%Y%m%d-%H%M%S}-{settings.mode}.json"

@@ -64,7 +64,9 @@ _MEMORY_SHARE = 0.5
 
 
 def goal_rows(results: Results) -> list[GoalRow]:
-    """All goals, in the order of the project's list."""
+    """All goals, in the order of the project's list. They are of CPUs: a GPU's run has none."""
+    if results.settings.get("device", "cpu") != "cpu":
+        return []
     records = results.records
     return [
         *(row for goal in _TAX_GOALS for row in _tax_rows(goal, records)),

@@ -15,7 +15,7 @@ from lora_fused.backends import cpu
 _PACKAGES = ("torch", "lora_fused", "peft", "transformers", "loralib", "numpy")
 
 
-def describe_machine(threads: int) -> dict[str, Any]:
+def describe_machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     """Everything about the machine that a reader of the numbers needs."""
     flags = _cpuinfo("flags").split()
     return {
@@ -37,7 +37,36 @@ def describe_machine(threads: int) -> dict[str, Any]:
         "onednn": torch.backends.mkldnn.is_available(),
         "native": _native(),
         "peak_gflops": {k: round(v, 1) for k, v in peak_gflops().items()},
+        "gpu": None if device == "cpu" else describe_gpu(),
     }
+
+
+def describe_gpu() -> dict[str, Any]:
+    """Name, size, clocks and power of the current CUDA device; what is not known is left out."""
+    p = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": p.name,
+        "capability": [p.major, p.minor],
+        "multiprocessors": p.multi_processor_count,
+        "memory_bytes": p.total_memory,
+        "l2_bytes": getattr(p, "L2_cache_size", 0),
+        "cuda": torch.version.cuda or torch.version.hip or "",
+        **_nvidia_smi(),
+    }
+
+
+def _nvidia_smi() -> dict[str, str]:
+    fields = ("driver_version", "power.limit", "power.draw", "clocks.sm", "clocks.mem", "pstate")
+    query = f"--query-gpu={','.join(fields)}"
+    index = f"--id={torch.cuda.current_device()}"
+    try:
+        said = subprocess.run(
+            ["nvidia-smi", query, index, "--format=csv,noheader"],
+            capture_output=True, text=True, check=True, timeout=20,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(fields, (value.strip() for value in said.split(",")), strict=False))
 
 
 def _native() -> str:

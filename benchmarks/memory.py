@@ -50,9 +50,23 @@ def allocated_bytes(call: Callable[[], object]) -> tuple[int, int]:
 def peak_and_held(built: Built) -> tuple[int, int]:
     """Bytes above the inputs and parameters: the peak of forward + backward, and what forward
     leaves alive for backward, its output included."""
-    peak, _ = allocated_bytes(built.forward_backward)
-    _, held = allocated_bytes(lambda: built.call(built.x))
+    measure = allocated_on_gpu if built.x.is_cuda else allocated_bytes
+    peak, _ = measure(built.forward_backward)
+    _, held = measure(lambda: built.call(built.x))
     return peak, held
+
+
+def allocated_on_gpu(call: Callable[[], object]) -> tuple[int, int]:
+    """allocated_bytes for torch's CUDA allocator, after one call that sets libraries up."""
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    peak, live = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    del result
+    return peak - before, live - before
 
 
 @contextmanager

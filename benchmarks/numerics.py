@@ -69,8 +69,8 @@ class Checker:
         keep = None
         if dropout:
             torch.manual_seed(_SEED)
-            seed = draw_seed(torch.device("cpu"))
-            keep = keep_mask(seed, self.case.M, self.case.layer.K, dropout)
+            where = self.tensors.x.device
+            keep = keep_mask(draw_seed(where), self.case.M, self.case.layer.K, dropout)
         t, scaling = self.tensors, effective_scaling(self.tensors.scaling, dropout)
         return Expected(
             truth=_reference(t, torch.float64, scaling, keep, lora),

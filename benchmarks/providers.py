@@ -50,8 +50,10 @@ class Provider:
     ours: bool = False
     native: bool = False
 
-    def missing(self) -> str | None:
+    def missing(self, device: str = "cpu") -> str | None:
         """Why the provider cannot run, or None."""
+        if self.native and device != "cpu":
+            return "it is for CPUs"
         if self.needs and find_spec(self.needs) is None:
             return f"{self.needs} is not installed"
         if self.native and not cpu.isa():

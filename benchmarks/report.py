@@ -101,6 +101,8 @@ def headlines(results: Results, goals: Sequence[GoalRow]) -> list[Headline]:
         beside = f"PEFT {human_bytes(excess[PEFT])}" if PEFT in excess else "PEFT not measured"
         what = "peak memory above the frozen layer, forward + backward"
         found.append(Headline(human_bytes(excess[OURS]), what, beside))
+    if not goals:
+        return found
     measured = [g for g in goals if g.met is not None]
     met = sum(bool(g.met) for g in measured)
     found.append(

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import cache_bytes, commit, describe_machine, memory_bytes, versions
+from benchmarks.machine import (
+    cache_bytes,
+    commit,
+    describe_gpu,
+    describe_machine,
+    memory_bytes,
+    versions,
+)
 from benchmarks.memory import SECTION_PROVIDERS, measure_in_fresh_process, peak_and_held
 from benchmarks.numerics import Checker
 from benchmarks.progress import Progress
@@ -33,6 +40,7 @@ class Settings:
     cold: bool = False
     budget_s: float | None = None
     memory: bool = True
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -58,13 +66,16 @@ def run(
     results = Results(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         settings=asdict(settings),
-        machine=describe_machine(settings.threads),
+        machine=describe_machine(settings.threads, settings.device),
         versions=versions(),
         commit=commit(),
-        providers=[{"name": p.name, "label": p.label, "missing": p.missing()} for p in providers],
+        providers=[
+            {"name": p.name, "label": p.label, "missing": p.missing(settings.device)}
+            for p in providers
+        ],
     )
     on_header(results)
-    present = [p for p in providers if p.missing() is None]
+    present = [p for p in providers if p.missing(settings.device) is None]
     if not any(p.name == FROZEN for p in present):
         raise ValueError(
             "the frozen layer is what everything is compared with; it cannot be left out"
@@ -89,7 +100,7 @@ def run_case(
     if time.monotonic() > deadline:
         results.skipped.append(f"{case.label} (no time left)")
         return
-    copies = _parameter_copies(case, settings.cold)
+    copies = _parameter_copies(case, settings)
     checker = Checker(case, copies[0])
     records: dict[tuple[Contender, str], Record] = {}
     ready: dict[Contender, list[Built]] = {}
@@ -114,12 +125,13 @@ def _contenders(case: Case, providers: Sequence[Provider]) -> list[Contender]:
     ]
 
 
-def _parameter_copies(case: Case, cold: bool) -> list[CaseTensors]:
+def _parameter_copies(case: Case, settings: Settings) -> list[CaseTensors]:
     """One set of tensors, or as many copies of the parameters as overflow the last cache."""
-    tensors = make_tensors(case)
-    if not cold:
+    tensors = make_tensors(case, device=settings.device)
+    if not settings.cold:
         return [tensors]
-    beyond_cache = 2 * max(cache_bytes().values(), default=64 << 20)
+    caches = cache_bytes().values() if settings.device == "cpu" else [describe_gpu()["l2_bytes"]]
+    beyond_cache = 2 * max(caches, default=64 << 20)
     wanted = min(beyond_cache, COLD_BYTES_CAP, (memory_bytes() or COLD_BYTES_CAP) // 16)
     count = math.ceil(wanted / (tensors.w.numel() * tensors.w.element_size()))
     return [tensors, *(tensors.copy_of_parameters() for _ in range(count - 1))]
@@ -151,7 +163,7 @@ def _prepare(
     layer = case.layer
     pair = {
         pass_: Record(
-            machine=results.machine["cpu"],
+            machine=(results.machine["gpu"] or {"name": results.machine["cpu"]})["name"],
             versions=results.versions,
             commit=results.commit,
             threads=settings.threads,
@@ -187,7 +199,7 @@ def _time(
     deadline: float,
 ) -> bool:
     """Times both passes. False, and nothing timed, if that would go past the deadline."""
-    clock = clock_for(settings.threads)
+    clock = clock_for(settings.threads, settings.device)
     calls = {p: {c: _call_of(built, p) for c, built in ready.items()} for p in PASSES}
     paces = {p: {c: pace_of(call, clock) for c, call in calls[p].items()} for p in PASSES}
     expected_ns = settings.rounds * sum(

@@ -37,6 +37,15 @@ LAYERS = (
     Layer("qwen2.5-7b", "kv", 3584, 512, bias=True),
     Layer("square", "4096", 4096, 4096),  # the square of 2048 is llama-3.2-1b.q
 )
+GPU_LAYERS = (
+    Layer("llama-3.1-8b", "q", 4096, 4096),
+    Layer("llama-3.1-8b", "kv", 4096, 1024),
+    Layer("llama-3.1-8b", "gate", 4096, 14336),
+    Layer("llama-3.1-8b", "down", 14336, 4096),
+    Layer("qwen2.5-7b", "q", 3584, 3584, bias=True),
+    Layer("gpt2", "c_attn", 768, 2304, bias=True, fan_in_fan_out=True),
+    Layer("nemo", "ragged", 500, 224),
+)
 TOKENS = (1, 16, 128, 512, 2048)
 RANKS = (8, 16, 64)
 DTYPES = ("bf16", "fp32", "fp16")
@@ -100,6 +109,21 @@ _QUICK: dict[str, tuple[tuple[str, int, int, bool], ...]] = {
         ("gpt2.c_attn", 128, 16, False),
     ),
 }
+
+
+def gpu_cases() -> list[Case]:
+    """What a GPU report measures: training and decoding sizes, dropout on one of them.
+
+    The most telling come first, for a run whose time is up leaves out the rest.
+    """
+    cases = []
+    for M in (8192, 2048, 512, 16, 1):
+        for layer in GPU_LAYERS:
+            dropouts = DROPOUTS if (M, layer.name) in ((8192, "q"), (2048, "q")) else (0.0,)
+            ranks = (16, 64) if layer.name in ("q", "kv") and M >= 2048 else (16,)
+            for dtype in DTYPES if (M, layer.name) == (2048, "q") else ("bf16",):
+                cases += [Case(layer, dtype, M, R, dropouts) for R in ranks]
+    return cases
 
 
 def quick_cases() -> list[Case]:

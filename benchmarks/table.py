@@ -28,7 +28,10 @@ def machine_lines(results: Results) -> list[tuple[str, str]]:
     m = results.machine
     caches = ", ".join(f"{name} {human_bytes(size)}" for name, size in m["caches"].items())
     peaks = ", ".join(f"{dtype} {rate:.0f} GFLOP/s" for dtype, rate in m["peak_gflops"].items())
+    gpu = m.get("gpu")
+    facts = ", ".join(f"{k} {v}" for k, v in gpu.items() if k != "name") if gpu else ""
     return [
+        *([("GPU", f"{gpu['name']}, {facts}")] if gpu else []),
         ("CPU", f"{m['cpu']}, family {m['family']} model {m['model']}" + ", VM" * m["virtual"]),
         ("cores", f"{m['cores']}, load {' '.join(str(x) for x in m['load'])}"),
         ("threads", f"{m['threads']}, {'CPU' if m['threads'] == 1 else 'wall clock'} time"),

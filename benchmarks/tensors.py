@@ -44,7 +44,9 @@ class CaseTensors:
         )
 
 
-def make_tensors(case: Case, adapter_dtype: torch.dtype | None = None) -> CaseTensors:
+def make_tensors(
+    case: Case, adapter_dtype: torch.dtype | None = None, device: str = "cpu"
+) -> CaseTensors:
     """The project's test data: x Wᵀ and the rank-R term are both of order one, B is not zero."""
     layer = case.layer
     made = make_case(
@@ -57,6 +59,7 @@ def make_tensors(case: Case, adapter_dtype: torch.dtype | None = None) -> CaseTe
         bias=layer.bias,
         scaling=2.0,
         fan_in_fan_out=layer.fan_in_fan_out,
+        device=device,
         seed=zlib.crc32(case.label.encode()),
     )
     return CaseTensors(

@@ -9,15 +9,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
+
 Clock = Callable[[], int]
 Name = TypeVar("Name", bound=Hashable)
 
 SAMPLE_NS = 2_000_000  # one sample lasts at least this long, or is one call
 
 
-def clock_for(threads: int) -> Clock:
-    """One thread: its CPU time, which a busy neighbour does not lengthen. More: the wall clock."""
+def clock_for(threads: int, device: str = "cpu") -> Clock:
+    """One thread: its CPU time, which a busy neighbour does not lengthen. More: the wall clock.
+
+    On a GPU the wall clock once the device is idle: a sample of several calls takes as long as the
+    slower of launching and computing them.
+    """
+    if device != "cpu":
+        return _clock_of_idle_gpu
     return time.thread_time_ns if threads == 1 else time.perf_counter_ns
+
+
+def _clock_of_idle_gpu() -> int:
+    torch.cuda.synchronize()
+    return time.perf_counter_ns()
 
 
 @dataclass(frozen=True)

@@ -133,23 +133,29 @@ def lora_backward(call: Call, dy: Tensor, saved: Saved) -> Gradients:
     if torch._C._is_any_autocast_enabled():
         with torch.autocast(route.problem.device_type, enabled=False):
             return lora_backward(call, dy, saved)
-    needs, x = route.needs, saved.x
+    needs, x, config = route.needs, saved.x, route.config
+    weight_dtype, a_dtype, _, bias_dtype = route.param_dtypes
     if route.cast:
         weight = None if saved.weight is None else saved.weight.to(dy.dtype)
         adapters = _cast_adapters(route, saved.lora_A, saved.lora_B, dy.dtype)
         saved = Saved(x, saved.s, weight, *adapters)
-    dx = ds = dweight = dbias = None
-    if route.config.dx in FUSED_STRATEGIES and "x" in needs:
-        dx, ds = BACKENDS[route.config.backend].shrink_matmul(
-            route, "dx", dy, saved.weight, saved.lora_B, saved.lora_A, call.scale, None, call.mask
-        )
-    ds, da, db = _adapter_gradients(call, dy, ds, saved)
-    if "x" in needs and dx is None:
-        dx = input_gradient(call, dy, ds, saved)
+    dx = dweight = da = dbias = None
+    if config.reduce_tiles is not None or config.dx in FUSED_STRATEGIES:
+        dx, da, db = _fewer_launches(call, dy, saved)
+    else:
+        ds, db = shrink_gradients(call, dy, saved.s, saved.lora_B)
+        if "x" in needs:
+            dx = input_gradient(call, dy, ds, saved)
+        if "lora_A" in needs:
+            if ds is None:
+                da = dy.new_zeros(0, route.problem.K, dtype=a_dtype)
+            elif x is not None:
+                ops = BACKENDS[config.backend]
+                da = ops.reduce(route, ds, kept(x, call.keep), call.mask, a_dtype)
     if "weight" in needs and x is not None:
-        dweight = weight_gradient(dy, x, route.param_dtypes[0])
+        dweight = weight_gradient(dy, x, weight_dtype)
     if "bias" in needs:
-        dbias = flatten(dy).sum(0, dtype=route.param_dtypes[3])
+        dbias = flatten(dy).sum(0, dtype=bias_dtype)
     return Gradients(dx, dweight, da, db, dbias)
 
 
@@ -165,28 +171,30 @@ def _cast_adapters(
     )
 
 
-def _adapter_gradients(
-    call: Call, dy: Tensor, ds: Tensor | None, saved: Saved
+def _fewer_launches(
+    call: Call, dy: Tensor, saved: Saved
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """ds [M, R] (given, or computed if a requested gradient reads it), da [R, K] and db [N, R]."""
-    route, needs, x = call.route, call.route.needs, saved.x
-    ops = BACKENDS[route.config.backend]
+    """dx, da and db by a backend that makes ds with dx, or da with db, in one launch."""
+    route, needs = call.route, call.route.needs
+    ops, config = BACKENDS[route.config.backend], route.config
+    x, s, weight, lora_A, lora_B = saved
+    dx = ds = da = db = None
+    if "x" in needs and config.dx in FUSED_STRATEGIES:
+        dx, ds = ops.shrink_matmul(
+            route, "dx", dy, weight, lora_B, lora_A, call.scale, None, call.mask
+        )
+    elif "x" in needs or "lora_A" in needs:
+        ds, _ = ops.shrink_reduce(route, dy, lora_B, call.scale, None, True, None)
+    if "x" in needs and dx is None:
+        dx = input_gradient(call, dy, ds, saved)
+    if config.reduce_tiles is not None:
+        return dx, *_reduce_pair(call, ds, dy, saved)
     _, a_dtype, b_dtype, _ = route.param_dtypes
-    if route.config.reduce_tiles is not None:
-        if ds is None and ("x" in needs or "lora_A" in needs):
-            ds, _ = ops.shrink_reduce(route, dy, saved.lora_B, call.scale, None, True, None)
-        return ds, *_reduce_pair(call, ds, dy, saved)
-    da = db = None
-    if ds is None:
-        ds, db = shrink_gradients(call, dy, saved.s, saved.lora_B)
-    elif "lora_B" in needs:
-        _, db = ops.shrink_reduce(route, dy, None, call.scale, saved.s, False, b_dtype)
-    if "lora_A" in needs:
-        if ds is None:
-            da = dy.new_zeros(0, route.problem.K, dtype=a_dtype)
-        elif x is not None:
-            da = ops.reduce(route, ds, kept(x, call.keep), call.mask, a_dtype)
-    return ds, da, db
+    if "lora_B" in needs:
+        _, db = ops.shrink_reduce(route, dy, None, call.scale, s, False, b_dtype)
+    if "lora_A" in needs and ds is not None and x is not None:
+        da = ops.reduce(route, ds, kept(x, call.keep), call.mask, a_dtype)
+    return dx, da, db
 
 
 def _reduce_pair(

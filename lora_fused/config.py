@@ -32,7 +32,8 @@ class Problem:
 
     On GPUs also: device describes the device; aligned says that every row of x, weight, lora_A and
     lora_B begins at a multiple of 16 bytes (what comes later, as dy, each backend looks at itself);
-    given_mask that the caller drew the dropout mask. group lists N and R of each member of a group
+    given_mask that the caller drew the dropout mask; tf32 that torch lets float32 GEMMs round their
+    inputs to TF32. group lists N and R of each member of a group
     on one x; N is then their sum and R the width of the stacked s (see `group_columns`).
     """
 
@@ -54,6 +55,7 @@ class Problem:
     device: Device | None = None
     aligned: bool = True
     given_mask: bool = False
+    tf32: bool = False
     group: tuple[tuple[int, int], ...] = ()
 
     def __str__(self) -> str:

@@ -38,9 +38,11 @@ from lora_fused.roofline import (
 from lora_fused.schedule import s_first_makespan, waves
 
 _FLAG_US = 0.3
+_REGENERATED_MASK_BYTES = 140  # moved per element by torch's operations that make a mask again
 _DRAWN_MASK_BYTES = 6  # moved per element: a mask of bytes drawn or read, x read, x written
 
 SPEED = {
+    ("goal", 0): 1.0,
     ("cuda", 90): 1.0,
     ("cuda", 80): 0.97,
     ("triton", 90): 0.88,
@@ -61,15 +63,13 @@ def speed_of(backend: str, capability: int) -> float:
     return SPEED[backend, max(known)] if known else 0.8
 
 
-def operation_us(
-    problem: Problem, operation: str, backend: str, candidate: Candidate, tf32: bool = False
-) -> float:
+def operation_us(problem: Problem, operation: str, backend: str, candidate: Candidate) -> float:
     """One launch: "forward" or "dx" (with s or ds where the strategy makes it), "shrink", "reduce".
 
     "shrink" is that of x; for the one of dy see `shrink_us`. problem.device must be set.
     """
     assert problem.device is not None
-    rates = rates_of(problem.device, problem.dtype, tf32)
+    rates = rates_of(problem.device, problem.dtype, problem.tf32)
     if operation == "reduce":
         return reduce_us(rates, problem, candidate)
     if operation == "shrink":
@@ -83,10 +83,10 @@ def operation_us(
     return LAUNCH_US + slower * time
 
 
-def library_us(problem: Problem, operation: str, tf32: bool = False) -> float:
+def library_us(problem: Problem, operation: str) -> float:
     """The operation by torch: "forward" and "dx" with their shrink, or "reduce"."""
     assert problem.device is not None
-    rates = rates_of(problem.device, problem.dtype, tf32)
+    rates = rates_of(problem.device, problem.dtype, problem.tf32)
     if operation == "reduce":
         return _library_reduce_us(rates, problem)
     work = work_of(problem, operation)
@@ -108,6 +108,19 @@ def library_shrink_us(rates: Rates, work: Work) -> float:
     """s = x Aᵀ by the vendor's GEMM, which splits the contraction."""
     moved = read_us(rates, work.x_bytes) + (work.s_bytes + work.adapter_bytes) / rates.dram
     return LAUNCH_US + max(BODY_US, moved, 2 * work.M * work.K * work.R / _flops(rates))
+
+
+def masked_expand_us(problem: Problem, by_kernel: bool) -> float:
+    """What dropout adds to a dx by the library when its mask is regenerated, not drawn.
+
+    by_kernel: in a launch that adds the masked rank-R term to dx; else by torch's operations.
+    """
+    assert problem.device is not None
+    rates = rates_of(problem.device, problem.dtype, problem.tf32)
+    work = work_of(problem, "dx")
+    if by_kernel:
+        return elementwise_us(rates, 2 * work.y_bytes)
+    return elementwise_us(rates, _REGENERATED_MASK_BYTES * work.M * work.N)
 
 
 def shrink_us(rates: Rates, work: Work, candidate: Candidate) -> float:
@@ -133,7 +146,7 @@ def reduce_us(rates: Rates, problem: Problem, candidate: Candidate) -> float:
     moved = read_us(rates, forward.x_bytes) + read_us(rates, forward.y_bytes)
     moved += 2 * forward.s_bytes / rates.l2 + wide * problem.R * rates.itemsize / rates.dram
     moved += 2 * (splits if splits > 1 else 0) * wide * problem.R * 4 / rates.l2
-    block = max(1, tiles.block_k or tiles.block_n)
+    block = tiles.block_n or 128
     blocks = (waves(problem.K, block) + waves(problem.N, block)) * splits
     passes = waves(problem.R, tiles.block_r) if tiles.block_r else 1
     elements = passes * block * waves(problem.M, splits)

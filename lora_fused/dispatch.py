@@ -29,9 +29,10 @@ from lora_fused.config import (
     Route,
 )
 from lora_fused.devices import DEVICES
-from lora_fused.request import are_aligned, facts, problem_of
+from lora_fused.request import facts, gpu_facts, problem_of
 
 _MAX_ROUTES = 4096
+_NOT_ON_GPU = (True, False)
 _routes: dict[Any, Route] = {}
 _forced: list[Config] = []
 _also_forget: list[Callable[[], None]] = []
@@ -56,11 +57,11 @@ def route_for(
     dtype already, and the weight may have another. given_mask: the caller drew the dropout mask.
     Raises what checks.check_call raises.
     """
-    aligned = not x.is_cuda or are_aligned(x, weight, lora_A, lora_B)
+    on_gpu = gpu_facts(x, weight, lora_A, lora_B) if x.is_cuda else _NOT_ON_GPU
     key = (
         facts(x), facts(weight), weight.stride(), facts(lora_A), facts(lora_B), facts(bias),
         dropout, backend, None if packed is None else packed.dtype, needs, cast_weight,
-        given_mask, aligned,
+        given_mask, on_gpu,
         torch.is_grad_enabled(), torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
         checks.compute_dtype(x) if torch._C._is_any_autocast_enabled() else None,
@@ -70,7 +71,7 @@ def route_for(
         if len(_routes) >= _MAX_ROUTES:
             _routes.clear()
         params = (weight, lora_A, lora_B, bias)
-        problem = problem_of(x, params, dropout, packed, needs, cast_weight, given_mask, aligned)
+        problem = problem_of(x, params, dropout, packed, needs, cast_weight, given_mask, on_gpu)
         if problem.device is None:
             config, final = choose(problem, backend), True
         else:
@@ -140,7 +141,10 @@ def gpu_backends_for(problem: Problem, asked: str = "auto") -> tuple[str, ...]:
     return tuple(
         name
         for name in gpu_choice.GPU_BACKENDS
-        if asked in ("auto", name) and name in against and not against[name]
+        if asked in ("auto", name)
+        and name in against
+        and not against[name]
+        and (not problem.group or hasattr(BACKENDS[name], "group_forward"))
     )
 
 

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from lora_fused import packed
 from lora_fused.config import Config, Problem
-from lora_fused.dispatch import choose, reasons_against, route_for
+from lora_fused.dispatch import (
+    choose,
+    gpu_backends_for,
+    reasons_against,
+    resolve_backend,
+    route_for,
+)
 from lora_fused.linear import FusedLoRALinear
 from lora_fused.reference import dropout_threshold
 
@@ -52,6 +58,10 @@ class Explanation:
 
 def explain(model: nn.Module, x: Any = None) -> Explanation:
     """Report what each FusedLoRALinear in `model` will do, without computing any of it.
+
+    On a GPU: also what each part of it takes by the model and, if timed, in truth, and why each
+    faster way was refused. (The first report for a size checks and times kernels, as the first call
+    would.)
 
     Also for the layers of other libraries that lora_fused.integrations accelerated.
 
@@ -129,6 +139,7 @@ def _report(name: str, layer: Any, x: Tensor) -> LayerReport:
         x, weight, lora_A, lora_B, layer.bias, dropout, layer.backend, pack, _needs(layer, plain)
     )
     why = _why(layer, route.problem, route.config)
+    why += gpu_lines(route.problem, route.config, x.device, layer.backend)
     return LayerReport(name, repr(layer), route.problem, route.config, why)
 
 
@@ -147,11 +158,24 @@ def needs_of(params: Mapping[str, Tensor | None]) -> frozenset[str]:
 
 def _why(layer: FusedLoRALinear, problem: Problem, config: Config) -> tuple[str, ...]:
     why = list(config.notes)
-    if config.backend == "torch" and not reasons_against(problem)["cpu"]:
+    on_cpu = problem.device is None
+    if on_cpu and config.backend == "torch" and not reasons_against(problem)["cpu"]:
         why.append("the native CPU kernels could run it")
     if config.backend == "cpu":
         why += _why_not_packed(layer, problem, config)
     return tuple(why)
+
+
+def gpu_lines(
+    problem: Problem, config: Config, where: torch.device, backend: str
+) -> tuple[str, ...]:
+    """The times of what a GPU runs, and why not something faster; nothing on a CPU."""
+    if problem.device is None:
+        return ()
+    from lora_fused import alternatives
+
+    names = gpu_backends_for(problem, resolve_backend(backend))
+    return tuple(alternatives.describe(problem, config, names, where))
 
 
 def _why_not_packed(layer: FusedLoRALinear, problem: Problem, config: Config) -> list[str]:

@@ -116,7 +116,7 @@ def _options_of(problem: Problem, part: str, backend: str) -> list[Option]:
 def _shrink_us(problem: Problem, part: str, candidate: Candidate) -> float:
     """Of the launch before the matmul."""
     assert problem.device is not None
-    rates = rates_of(problem.device, problem.dtype)
+    rates = rates_of(problem.device, problem.dtype, problem.tf32)
     return cost.shrink_us(rates, work_of(problem, part), candidate)
 
 
@@ -153,6 +153,7 @@ def shortlist(found: Sequence[Option]) -> list[Option]:
 
 
 def configure(
+    problem: Problem,
     considered: Mapping[str, Sequence[Option]],
     shrinks: Mapping[str, Tiles | None],
     measured: Mapping[str, Prices] | None = None,
@@ -174,6 +175,7 @@ def configure(
             for part, found in considered.items()
         }
         total = sum(_rank(option, measured.get(part)) for part, option in chosen.items())
+        total += _mask_penalty(problem, backend, chosen)
         if best is None or total < best[0]:
             best = total, backend, chosen
     assert best is not None
@@ -181,6 +183,17 @@ def configure(
     if all(option.is_library for option in chosen.values()):
         backend = "torch"
     return _assemble(backend, chosen, shrinks.get(backend), measured)
+
+
+def _mask_penalty(problem: Problem, backend: str, chosen: Mapping[str, Option]) -> float:
+    """For a dx by torch under a mask that a backend's kernels regenerate elsewhere in the call."""
+    dx = chosen.get("dx")
+    if not problem.dropout or problem.given_mask or dx is None or not dx.is_library:
+        return 0.0
+    if all(option.is_library for option in chosen.values()):
+        return 0.0
+    splits = any(c.strategy == "split" for c in _candidates(problem, "dx", backend))
+    return cost.masked_expand_us(problem, splits)
 
 
 def _rank(option: Option, prices: Prices | None) -> float:
@@ -217,6 +230,7 @@ def configure_by_model(problem: Problem, names: Sequence[str]) -> Config:
     """The Config that the model alone would choose, every candidate taken to be right."""
     shrinks = {name: best_candidate(problem, "shrink", name) for name in names}
     return configure(
+        problem,
         {part: options(problem, part, tuple(names)) for part in parts_of(problem)},
         {name: None if found is None else found.tiles for name, found in shrinks.items()},
     )

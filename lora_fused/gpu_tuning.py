@@ -36,6 +36,7 @@ from lora_fused.gpu_choice import (
     parts_of,
     shortlist,
 )
+from lora_fused.small_check import Kernel
 
 BUDGET_SECONDS = {"forward": 0.2, "dx": 0.2, "reduce": 0.1}
 _MAX_ROUNDS = 50
@@ -91,7 +92,7 @@ def choose(
                 measured[part] = times
             timed = timed and (complete or len(found) == 1)
     shrinks = {name: admission.shrink_of(name) for name in names}
-    config = configure(considered, shrinks, measured)
+    config = configure(problem, considered, shrinks, measured)
     return config, admission.deferred or not (timed or tensors is None)
 
 
@@ -114,7 +115,7 @@ class _Admission:
         kernel = selfcheck.shrink_kernel(self.problem, backend, found.tiles)
         return found.tiles if self._passes(kernel) else None
 
-    def _passes(self, kernel: selfcheck.Kernel) -> bool:
+    def _passes(self, kernel: Kernel) -> bool:
         verdict = selfcheck.verdict(kernel, self.where, self.free)
         self.deferred = self.deferred or verdict is None
         return verdict == ""
@@ -160,7 +161,9 @@ def _bucket_of(problem: Problem) -> Problem:
 
 
 def _key(problem: Problem, part: str) -> str:
-    flags = [word for word in ("has_bias", "dropout", "given_mask") if getattr(problem, word)]
+    flags = [
+        word for word in ("has_bias", "dropout", "given_mask", "tf32") if getattr(problem, word)
+    ]
     flags += [] if problem.aligned else ["unaligned"]
     group = "".join(f" {n}r{r}" for n, r in problem.group)
     adapters = str(problem.adapter_dtype).removeprefix("torch.")

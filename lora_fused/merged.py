@@ -41,22 +41,28 @@ def add_delta(
 def fingerprint(weight: Tensor) -> int:
     """A 64-bit linear hash of the values and their places: others collide by chance only.
 
-    Σ_ij p_i q_j w_ij mod 2⁶⁴ over the bits w_ij, with odd pseudo-random p and q. 0 on the meta
-    device. Of a DTensor this rank's part is hashed: it tells whether that was written.
+    Σ_ij p_i q_j w_ij mod 2⁶⁴ over the bits w_ij of the elements of a row, or of its 8-byte words
+    where it has no others, with odd pseudo-random p and q. 0 on the meta device. Of a DTensor this
+    rank's part is hashed: it tells whether that was written.
     """
     if is_distributed(weight):
         weight = weight.to_local()  # type: ignore[attr-defined]
     if weight.is_meta:
         return 0
     rows, cols = weight.shape
+    row_bytes = cols * weight.element_size()
+    kind = torch.int64 if row_bytes % 8 == 0 else _BITS[weight.element_size()]
     row_factors, col_factors = (
-        _odd_factors(key, n, weight.device) for key, n in ((1, rows), (2, cols))
+        _odd_factors(key, n, weight.device)
+        for key, n in ((1, rows), (2, row_bytes // kind.itemsize))
     )
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     step = max(1, _ELEMENTS_PER_CHUNK // max(cols, 1))
     for first in range(0, rows, step):
         chunk = weight[first : first + step].contiguous()
-        bits = chunk.view(_BITS[chunk.element_size()]).to(torch.int64)
+        if chunk.storage_offset() * chunk.element_size() % kind.itemsize:
+            chunk = chunk.clone()
+        bits = chunk.view(kind).to(torch.int64)
         total += ((bits * col_factors).sum(1) * row_factors[first : first + step]).sum()
     return int(total.item())
 

@@ -21,6 +21,12 @@ def facts(t: Tensor | None) -> Any:
     return t.shape, t.dtype, t.device, t.layout, t.requires_grad, t.is_neg(), type(t)
 
 
+def gpu_facts(x: Tensor, *params: Tensor | None) -> tuple[bool, bool]:
+    """Whether all rows are aligned, and whether float32 may be TF32."""
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return are_aligned(x, *params), tf32
+
+
 def are_aligned(*tensors: Tensor | None) -> bool:
     """Whether every row begins at a multiple of 16 bytes, as wide loads and TMA want it."""
     for t in tensors:
@@ -39,7 +45,7 @@ def problem_of(
     needs: frozenset[str] | None,
     cast_weight: bool,
     given_mask: bool,
-    aligned: bool,
+    on_gpu: tuple[bool, bool],
 ) -> Problem:
     """Check the call and say what it asks for."""
     weight, lora_A, _, bias = params
@@ -67,7 +73,8 @@ def problem_of(
         threads=torch.get_num_threads(),
         deterministic=torch.are_deterministic_algorithms_enabled(),
         device=gpu_of(x),
-        aligned=aligned,
+        aligned=on_gpu[0],
+        tf32=on_gpu[1],
         given_mask=given_mask,
     )
 

@@ -28,7 +28,7 @@ _LOAD_BYTES_PER_CLOCK = 40  # into one multiprocessor, others idle
 _SHARED_BYTES_PER_CLOCK = 128
 _LANES = 128
 _PHILOX_INSTRUCTIONS = 70 / 8  # per element
-_LIBRARY_STEPS = 4  # the fewest steps of a part of a split contraction
+_FEW_TOKENS = 16
 _LIBRARY_TILES = tuple(
     Tiles(m, n, 64, num_warps=8 if m * n > 8192 else 4, splits=splits, persistent=True)
     for m, n in ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (16, 64))
@@ -211,11 +211,17 @@ def gemm_us(
 
 @functools.lru_cache(maxsize=4096)
 def library_gemm_us(rates: Rates, work: Work, extra_bytes: float = 0.0) -> float:
-    """The vendor's GEMM y = x w with its best tile; extra_bytes for what beta = 1 reads."""
+    """The vendor's GEMM y = x w with its best tile; extra_bytes for what beta = 1 reads.
+
+    Up to _FEW_TOKENS rows it streams the weight at the speed of memory.
+    """
     plain = replace(work, R=0, masked=False)
-    return min(
+    best = min(
         gemm_us(rates, plain, Candidate("library", tiles, 64 * 1024, 128), 0, extra_bytes)
         + (LAUNCH_US if tiles.splits > 1 else 0.0)
         for tiles in _LIBRARY_TILES
-        if tiles.splits == 1 or _LIBRARY_STEPS * tiles.splits * tiles.block_k <= work.K
     )
+    if work.M > _FEW_TOKENS:
+        return best
+    moved = work.x_bytes + work.weight_bytes + work.y_bytes + extra_bytes
+    return min(best, LAUNCH_US + max(BODY_US, moved / rates.dram))

@@ -17,39 +17,19 @@ def s_first_makespan(
 ) -> float:
     """When the last tile of an S-first list is done, in the unit of the durations.
 
-    The list: tickets of `group` S tiles, `shrink_time` each, then `tiles` tiles of `time` each. No
-    tile of the first round ends before the S tiles of that round are published; an upper bound of
-    that wait is added.
+    The list: tickets of `group` S tiles, `shrink_time` each, then `tiles` tiles of `time` each. A
+    tile that runs beside the last round of tickets does not end before that round is published.
     """
     if tiles == 0 or slots == 0:
         return 0.0
-    tickets, ticket_time = waves(shrink_tiles, group), group * shrink_time
+    tickets, delay = waves(shrink_tiles, group), group * shrink_time
     rounds, late = divmod(tickets, slots)
-    early, start = slots - late, rounds * ticket_time
-    done = min(
-        _done_by_early(tiles, time, early, late, ticket_time),
-        _done_by_late(tiles, time, early, late, ticket_time),
+    early, start = slots - late, rounds * delay
+    if late == 0:
+        return start + waves(tiles, slots) * time
+    if delay >= time:
+        return start + delay + max(0, waves(tiles - early, slots)) * time
+    # By k · time an early slot does k tiles and a late one k − 1; it does k by delay + k · time.
+    return start + min(
+        max(waves(tiles + late, slots) * time, delay), delay + waves(tiles, slots) * time
     )
-    wait = max(0.0, ticket_time - time) if tickets else 0.0
-    return start + done + wait
-
-
-def _done_by_early(tiles: int, time: float, early: int, late: int, delay: float) -> float:
-    """The least multiple k of `time` by which all tiles are done.
-
-    `early` slots do k tiles by then; `late` ones, free only after `delay`, k − ⌈delay / time⌉.
-    """
-    missed = -int(-delay // time) if late else 0
-    k = waves(tiles + late * missed, early + late)
-    if k < missed:
-        k = waves(tiles, early)
-    return max(k * time, delay if late else 0.0)
-
-
-def _done_by_late(tiles: int, time: float, early: int, late: int, delay: float) -> float:
-    """The same among the moments `delay` + k · `time`, when a late slot finishes a tile."""
-    if not late:
-        return float("inf")
-    head_start = int(delay // time)
-    k = max(0, waves(max(0, tiles - early * head_start), early + late))
-    return delay + k * time

@@ -13,58 +13,25 @@ import platform
 import threading
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from lora_fused import backends, gpu_store
-from lora_fused.autograd import Saved, lora_backward, lora_forward
-from lora_fused.config import Call, Mask, Problem, Route, Tiles
-from lora_fused.devices import Device
-from lora_fused.gpu_choice import Option, part_config
-from lora_fused.reference import dropout_threshold, effective_scaling
-from lora_fused.testing import Case, assert_close_to_ref, make_case
+from lora_fused import gpu_store
+from lora_fused.config import Problem, Tiles
+from lora_fused.gpu_choice import Option
+from lora_fused.small_check import Kernel, run_check
 
-_DROPOUT = 0.3
 _PATIENCE_SECONDS = 600.0  # for a check that another process is running
-_OUTPUTS = {
-    "forward": ("y", "s"),
-    "dx": ("dx",),
-    "reduce": ("da", "db"),
-    "shrink": ("s", "da"),
-}
-
 _lock = threading.RLock()
 _verdicts: dict[Kernel, str] = {}
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """What is checked, and demoted, as one: part is "forward", "dx", "reduce" or "shrink"."""
-
-    device: Device
-    backend: str
-    part: str
-    strategy: str
-    tiles: Tiles
-    dtype: torch.dtype
-
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.backend} {self.part} {self.strategy} {dtype} {self.tiles}"
 
 
 def kernels_of(problem: Problem, option: Option) -> list[Kernel]:
     """The kernels that an option launches."""
     if option.tiles is None or problem.device is None:
         return []
-    found = [
-        Kernel(
-            problem.device, option.backend, option.part, option.strategy, option.tiles,
-            problem.dtype,
-        )
-    ]  # fmt: skip
+    found = [_kernel(problem, option.backend, option.part, option.strategy, option.tiles)]
     if option.shrink_tiles is not None:
         found.append(shrink_kernel(problem, option.backend, option.shrink_tiles))
     return found
@@ -72,8 +39,16 @@ def kernels_of(problem: Problem, option: Option) -> list[Kernel]:
 
 def shrink_kernel(problem: Problem, backend: str, tiles: Tiles) -> Kernel:
     """The kernel that makes s and ds in a launch of its own."""
+    return _kernel(problem, backend, "shrink", "shrink", tiles)
+
+
+def _kernel(problem: Problem, backend: str, part: str, strategy: str, tiles: Tiles) -> Kernel:
+    """The kernel without what is only an argument of it: into how many parts the work is cut."""
     assert problem.device is not None
-    return Kernel(problem.device, backend, "shrink", "shrink", tiles, problem.dtype)
+    tiles = replace(tiles, splits=min(tiles.splits, 2), shrink_group=min(tiles.shrink_group, 2))
+    return Kernel(
+        problem.device, backend, part, strategy, tiles, problem.dtype, bool(problem.group)
+    )
 
 
 def verdict(kernel: Kernel, where: torch.device, may_run: bool = True) -> str | None:
@@ -91,6 +66,13 @@ def verdict(kernel: Kernel, where: torch.device, may_run: bool = True) -> str | 
         if known is not None:
             _verdicts[kernel] = known
     return known
+
+
+def check_again(kernel: Kernel, where: torch.device) -> str:
+    """Check now, whatever was known; the new verdict replaces the old one. As `verdict`."""
+    with _lock:
+        _verdicts[kernel] = _check(kernel, where)
+        return _verdicts[kernel]
 
 
 def forget() -> None:
@@ -144,76 +126,3 @@ def _check(kernel: Kernel, where: torch.device) -> str:
             stacklevel=2,
         )
     return why
-
-
-def run_check(kernel: Kernel, where: torch.device) -> str:
-    """Compare with the reference, with and without dropout and bias; "" or what was wrong."""
-    for dropout_p, bias in ((0.0, True), (_DROPOUT, False)):
-        case = _small_case(kernel, dropout_p, bias)
-        problem = _problem_of(case, kernel, where)
-        module = backends.load(kernel.backend)
-        if module is None:
-            return backends.why_missing(kernel.backend)
-        if module.not_supported_reasons(problem):
-            continue
-        try:
-            got = _outputs(kernel, case, problem, where)
-            truth, baseline = case.truth(), case.baseline()
-            for name in _OUTPUTS[kernel.part]:
-                assert_close_to_ref(name, got[name].cpu(), truth[name], baseline[name])
-        except AssertionError as error:
-            return f"wrong result, {error}"
-        except Exception as error:
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
-    return ""
-
-
-def _small_case(kernel: Kernel, dropout_p: float, bias: bool) -> Case:
-    """Ragged, and larger than one tile each way; rows at multiples of 16 bytes."""
-    tiles = kernel.tiles
-    M = 11 if kernel.strategy == "decode" else 2 * (tiles.block_m or 64) + 5
-    N = (tiles.block_n or 128) + 24
-    K = 3 * (tiles.block_k or 64) + 40
-    if kernel.part == "dx":
-        N, K = K, N
-    R = 16 if dropout_p else min(tiles.block_r or 16, 64)
-    return make_case(M, K, N, R, kernel.dtype, bias=bias, dropout_p=dropout_p)
-
-
-def _problem_of(case: Case, kernel: Kernel, where: torch.device) -> Problem:
-    (M, K), (N, R) = case.x.shape, case.lora_B.shape
-    return Problem(
-        M, K, N, R, kernel.dtype, where.type, kernel.dtype, case.bias is not None,
-        case.dropout_p > 0, frozenset({"x", "lora_A", "lora_B"}), device=kernel.device,
-    )  # fmt: skip
-
-
-def _outputs(
-    kernel: Kernel, case: Case, problem: Problem, where: torch.device
-) -> dict[str, Tensor]:
-    """What the kernel computes of the case; what surrounds it is torch's."""
-    x, weight, lora_A, lora_B, dy = (
-        t.to(where) for t in (case.x, case.weight, case.lora_A, case.lora_B, case.dy)
-    )
-    bias = None if case.bias is None else case.bias.to(where)
-    mask, scale = None, case.scaling
-    if case.dropout_p > 0:
-        seed = torch.full((), case.seed, dtype=torch.int64, device=where)
-        mask = Mask(case.seed if where.type == "cpu" else seed, dropout_threshold(case.dropout_p))
-        scale = effective_scaling(scale, case.dropout_p)
-    with torch.no_grad():
-        call = Call(_route(kernel, problem, frozenset()), scale, mask)
-        y, s = lora_forward(call, x, weight, lora_A, lora_B, bias)
-        needs = {"dx": {"x"}, "reduce": {"lora_A", "lora_B"}, "shrink": {"lora_A"}}
-        wanted = frozenset(needs.get(kernel.part, ()))
-        call = Call(_route(kernel, problem, wanted), scale, mask)
-        gradients = lora_backward(call, dy, Saved(x, s, weight, lora_A, lora_B))
-    found = {"y": y, "s": s, **gradients._asdict()}
-    return {name: t for name, t in found.items() if t is not None}
-
-
-def _route(kernel: Kernel, problem: Problem, needs: frozenset[str]) -> Route:
-    config = part_config(kernel.part, kernel.backend, kernel.strategy, kernel.tiles)
-    dtypes = (kernel.dtype,) * 4
-    x_shape, y_shape = (problem.M, problem.K), (problem.M, problem.N)
-    return Route(problem, config, kernel.dtype, False, needs, x_shape, y_shape, dtypes)

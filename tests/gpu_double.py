@@ -14,21 +14,19 @@ from tests import fake_backend
 
 
 @contextmanager
-def pretended_gpu(
-    monkeypatch: pytest.MonkeyPatch, device: str = "H100", names: tuple[str, ...] = ("triton",)
-) -> Iterator[None]:
+def pretended_gpu(device: str = "H100", names: tuple[str, ...] = ("triton",)) -> Iterator[None]:
     """While it lasts every CPU tensor is on this GPU, and the fake backend has these names."""
-    monkeypatch.setattr(request, "gpu_of", lambda x: DEVICES[device])
-    for name in ("cuda", "triton"):
-        if name in names:
-            monkeypatch.setitem(backends.BACKENDS, name, sys.modules["tests.fake_backend"])
-        else:
-            monkeypatch.delitem(backends.BACKENDS, name, raising=False)
-            monkeypatch.setitem(backends._missing, name, "left out by the test")
-    forget()
-    fake_backend.calls.clear()
-    yield
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(request, "gpu_of", lambda x: DEVICES[device])
+        for name in ("cuda", "triton"):
+            if name in names:
+                patch.setitem(backends.BACKENDS, name, sys.modules["tests.fake_backend"])
+            else:
+                patch.delitem(backends.BACKENDS, name, raising=False)
+                patch.setitem(backends._missing, name, "left out by the test")
+        forget()
+        fake_backend.calls.clear()
+        yield
     forget()
 
 

@@ -40,15 +40,16 @@ def accelerate_every_layer() -> None:
     """Swap the class of each lora.Linear at the end of its construction, and count its calls."""
     from peft.tuners.lora.layer import Linear
 
-    from lora_fused.integrations import peft, peft_layer
+    from lora_fused.integrations import peft
+    from lora_fused.integrations.acceleration import Acceleration
 
-    create, acceleration = Linear.__init__, peft_layer.Acceleration
+    create = Linear.__init__
 
     def create_and_accelerate(self: Any, *args: Any, **kwargs: Any) -> None:
         create(self, *args, **kwargs)
         peft.accelerate(self, verbose=False)
 
-    class Counting(acceleration):
+    class Counting(Acceleration):
         def count_stock(self, reason: str) -> None:
             _counts["calls"][f"stock: {reason}"] += 1
 

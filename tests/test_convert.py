@@ -98,7 +98,27 @@ def test_the_patterns_that_are_written() -> None:
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 8, False)
     assert config["rank_pattern"] == {"q": 2, "^layers.1.v": 8}
     assert config["alpha_pattern"] == {"^layers.1.k": 3}
-    assert config["target_modules"] == ["q", "k", "v", "o"]
+    assert config["target_modules"] == sorted(layers)
+
+
+def test_no_adapter_appears_where_there_was_none(tmp_path: Path) -> None:
+    """The checkpoint has layer 0 only; a target such as "q_proj" would be in all layers."""
+    model = adapted(llama(), target_modules=["q_proj"], layers_to_transform=[0])
+    adapter = replace(convert.from_peft(model), peft_config={})
+    convert.to_peft(adapter, tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert list(convert.from_peft(loaded).layers) == list(adapter.layers)
+    assert len(adapter.layers) == 1
+
+
+def test_parts_that_share_memory_are_written(tmp_path: Path) -> None:
+    joined = LayerAdapter(torch.randn(4, 8), torch.randn(6, 4), 8.0)
+    parts = convert.split_layers(Adapter({"m.qkv": joined}), "qkv", {"q": 4, "k": 2})
+    convert.to_peft(parts, tmp_path)
+    back = convert.from_peft(tmp_path)
+    assert same(back, parts)
+    again = convert.join_layers(back, ["q", "k"], "qkv").layers["m.qkv"]
+    assert torch.equal(again.lora_B, joined.lora_B) and torch.equal(again.lora_A, joined.lora_A)
 
 
 def test_some_layers_with_rslora() -> None:

@@ -16,16 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_fused import (
+    FusedLoRALinear,
     LoRAWeights,
-    autotune,
     backends,
     dispatch,
+    explain,
     gpu_choice,
     gpu_store,
     gpu_tuning,
     lora_linear,
     lora_linear_group,
     selfcheck,
+    small_check,
 )
 from lora_fused.backends import torch_ops
 from lora_fused.config import Config, Problem
@@ -41,7 +43,7 @@ PROBLEM = Problem(8192, 4096, 4096, 16, torch.bfloat16, "cuda", needs=NEEDS, dev
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("LORA_FUSED_CACHE_DIR", str(tmp_path))
-    with pretended_gpu(monkeypatch):
+    with pretended_gpu():
         yield
 
 
@@ -103,8 +105,8 @@ def test_only_legal_configurations_and_the_library_always(
         gpu_choice.options.cache_clear()
 
 
-def test_a_gpu_without_our_kernels_takes_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pretended_gpu(monkeypatch, names=()):
+def test_a_gpu_without_our_kernels_takes_the_library() -> None:
+    with pretended_gpu(names=()):
         run()
         config = config_of()
         assert config.backend == "torch" and config.forward == config.dx == "library"
@@ -115,7 +117,7 @@ def test_a_gpu_without_our_kernels_takes_the_library(monkeypatch: pytest.MonkeyP
 
 def test_large_problems_by_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_FUSED_AUTOTUNE", "0")
-    with pretended_gpu(monkeypatch, names=("cuda", "triton")):
+    with pretended_gpu(names=("cuda", "triton")):
         config = dispatch.choose(PROBLEM)
         assert config.backend == "cuda" and config.forward == "s_first"
         assert config.predicted_us is not None and config.measured_us is None
@@ -196,7 +198,7 @@ def test_everything_wrong_ends_on_the_library(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.usefixtures("gpu")
 def test_a_check_that_never_came_back_counts_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = selfcheck.Kernel(
+    kernel = small_check.Kernel(
         DEVICES["H100"], "triton", "forward", "s_first",
         fake_backend.candidates(PROBLEM, DEVICES["H100"], "forward")[1].tiles, torch.bfloat16,
     )  # fmt: skip
@@ -459,8 +461,8 @@ def test_a_group_is_run_as_one_or_member_by_member(monkeypatch: pytest.MonkeyPat
     assert "group_forward" not in fake_backend.calls
 
 
-def test_the_library_draws_its_mask_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pretended_gpu(monkeypatch, names=()):
+def test_the_library_draws_its_mask_on_a_gpu() -> None:
+    with pretended_gpu(names=()):
         case = make_case(64, 64, 48, 16)
         x = case.x.requires_grad_()
         torch.manual_seed(3)
@@ -495,9 +497,11 @@ def test_the_library_draws_its_mask_on_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_order_of_the_library_on_gpus(
     dropout_p: float, bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_ops, "on_gpu", lambda x: True)
+    original_problem, original = dispatch.problem_of, torch_ops.rank_first
+    monkeypatch.setattr(
+        dispatch, "problem_of", lambda *args: replace(original_problem(*args), device_type="cuda")
+    )
     seen: list[str] = []
-    original = torch_ops.rank_first
     monkeypatch.setattr(
         torch_ops, "rank_first", lambda *args: seen.append("rank first") or original(*args)
     )
@@ -507,5 +511,35 @@ def test_the_order_of_the_library_on_gpus(
     assert len(seen) == 2
 
 
-def test_autotune_enabled_is_what_both_tuners_ask() -> None:
-    assert autotune.enabled()
+# --- explain ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("gpu")
+def test_explain_tells_times_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(route, direction, *rest):  # type: ignore[no-untyped-def]
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(gpu_tuning, "stopwatch", Clock(0.001, shrink=0.0007, reduce=0.002))
+    monkeypatch.setattr(fake_backend, "shrink_matmul", wrong)
+    layer = FusedLoRALinear(4096, 4096, r=16, dtype=torch.bfloat16)
+    x = torch.randn(64, 4096, dtype=torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        text = str(explain(layer, x))
+    assert "M=64 K=4096 N=4096 R=16 bfloat16 on H100" in text
+    assert "runs on  triton: forward split" in text and "dx split" in text
+    assert "us modelled" in text and "us measured, all launches of the layer" in text
+    assert "forward: triton split 128x256x64" in text
+    assert "not triton s_first" in text and "demoted, RuntimeError: no kernel image" in text
+    assert "cuda: it is not in this installation" in text
+    assert "the native CPU kernels" not in text
+
+
+@pytest.mark.usefixtures("gpu")
+def test_explain_tells_what_was_slower_when_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_tuning, "stopwatch", Clock(0.001, shrink=0.002, reduce=0.002))
+    layer = FusedLoRALinear(4096, 4096, r=16, dtype=torch.bfloat16)
+    text = str(explain(layer, torch.randn(64, 4096, dtype=torch.bfloat16)))
+    assert "runs on  torch: forward library" in text
+    assert "forward: library" in text and "1000.0 us measured" in text
+    assert "2000.0 us measured: measured slower" in text

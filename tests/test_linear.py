@@ -643,3 +643,12 @@ def test_no_warning_in_ordinary_use(main_path: Path) -> None:
         layer(torch.randn(3, 40)).sum().backward()
         layer.merge()
         layer.unmerge()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("cols", [8, 7])
+def test_fingerprint_sees_no_memory_layout(dtype: torch.dtype, cols: int) -> None:
+    flat = torch.randn(1 + 6 * cols).to(dtype)
+    weight = flat[1:].view(6, cols)  # begins in the middle of an 8-byte word
+    assert fingerprint(weight) == fingerprint(weight.clone())
+    assert fingerprint(weight) == fingerprint(weight.t().contiguous().t())

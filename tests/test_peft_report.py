@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import warnings
 
 import pytest
@@ -59,6 +61,14 @@ def test_the_report(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_model_without_adapters() -> None:
     report = accelerate(nn.Linear(2, 2), verbose=False)
     assert str(report) == "lora_fused: there are no adapter layers in this model"
+
+
+def test_an_older_peft_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft.__version__", "0.14.1")
+    name = "lora_fused.integrations.peft"
+    monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"works with peft 0\.15 or newer, found 0\.14\.1\."):
+        importlib.import_module(name)
 
 
 def test_unknown_backend() -> None:

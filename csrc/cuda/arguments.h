@@ -2,8 +2,6 @@
 // and strides are in elements, 64 bits wide.
 #pragma once
 
-#include <cuda.h>
-
 #include <cstdint>
 #include <string>
 
@@ -87,38 +85,5 @@ inline std::string describe(const DecodeLaunch& p) {
   return "M=" + std::to_string(p.M) + " K=" + std::to_string(p.K) + " N=" + std::to_string(p.N) +
          " R=" + std::to_string(p.R);
 }
-
-// sm90/matmul: y = x w^T + s b^T + bias for a group of up to three layers in one launch; dx is the same with
-// dy for x (see sm90/matmul.cuh). Maps are of the matrices as they are stored.
-constexpr int kSm90Members = 3;
-
-struct Sm90Member {
-  Mask mask;                   // of x in the forward pass, of the rank-R part in dx
-  const void* bias = nullptr;  // [columns] or null; forward
-  u32 shrink_rank = 0;   // columns of s that this member's S tiles make (stacked adapters: all, member 0)
-  u32 rank = 0;          // R: by how much b extends the contraction
-  int depth_blocks = 0;  // blocks of 64 of the contraction over x
-  int columns = 0;       // of y
-  int first_tile = 0;    // forward: the column tile at which this member begins; INT_MAX: no such member
-  int reserved = 0;
-};
-
-struct Sm90MatmulArgs {
-  CUtensorMap x[kSm90Members], w[kSm90Members], a[kSm90Members];
-  CUtensorMap s[kSm90Members], b[kSm90Members], y[kSm90Members], s_out[kSm90Members];
-  Sm90Member member[kSm90Members];
-  u32* workspace = nullptr;  // kSm90Words, then one flag for every 128 rows; zero before and after a launch
-  float scale = 0;
-  int rows = 0;  // M
-  int members = 1;
-  int shrink_members = 0;  // members with S tiles; 0: s is given (split)
-  int shrink_passes = 1;   // S tiles by which a member's rank is covered
-  int shrink_blocks = 1;   // an S tile is 64 times as many columns: 1 or BLOCK_N / 64
-  int row_tiles = 0;       // of cluster size x 128 rows
-  int column_tiles = 0;    // of all members together
-};
-
-// Words at the front of the workspace.
-enum Sm90Word { kSm90Ticket = 0, kSm90Left = 1, kSm90Error = 2, kSm90Words = 4 };
 
 }  // namespace lora_fused::cuda

@@ -5,6 +5,8 @@
 #include <pybind11/stl.h>
 
 #include "launchers.h"
+#include "sm80/launcher.h"
+#include "sm90/launcher.h"
 
 namespace py = pybind11;
 
@@ -122,6 +124,40 @@ std::tuple<i64, i64> decode_workspace(i64 N, i64 R, int splits, int s_splits) {
   return words_of(Math::bf16, p);
 }
 
+#ifdef LORA_FUSED_HAVE_SM90
+// x, w, a, b, s, y; bias, mask; columns, depth, R; scale; where the S tiles write and how many columns
+using LayerTuple = std::tuple<MatrixTuple, MatrixTuple, MatrixTuple, MatrixTuple, OutputTuple, OutputTuple,
+                              Pointer, MaskTuple, i64, i64, i64, float, OutputTuple, i64>;
+
+sm90::Layer layer(const LayerTuple& t, bool dx) {
+  const i64 columns = std::get<8>(t), depth = std::get<9>(t);
+  return {matrix(std::get<0>(t)),
+          matrix(std::get<1>(t)),
+          matrix(std::get<2>(t)),
+          matrix(std::get<3>(t)),
+          output(std::get<4>(t)),
+          output(std::get<5>(t)),
+          reinterpret_cast<const void*>(std::get<6>(t)),
+          mask(std::get<7>(t), dx ? columns : depth),
+          columns,
+          depth,
+          std::get<10>(t),
+          std::get<11>(t),
+          output(std::get<12>(t)),
+          std::get<13>(t)};
+}
+
+void matmul_sm90(const WhereTuple& where, int math, bool dx, i64 M, const std::vector<LayerTuple>& layers,
+                 int block_n, int cluster, int shrink_blocks, const WorkspaceTuple& space) {
+  sm90::MatmulLaunch p{};
+  p.M = M, p.dx = dx, p.members = static_cast<int>(layers.size());
+  for (std::size_t i = 0; i < layers.size() && i < sm90::kMaxMembers; ++i) p.layer[i] = layer(layers[i], dx);
+  p.words = workspace(space).tickets, p.error = workspace(space).error;
+  p.block_n = block_n, p.cluster = cluster, p.shrink_blocks = shrink_blocks;
+  launch_at(where, sm90::launch_matmul, math_of(math), p);
+}
+#endif
+
 // 0 where the stream is not being captured into a graph, else a number that the capture has to itself.
 u64 capture_id(Pointer stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -129,6 +165,38 @@ u64 capture_id(Pointer stream) {
   check(cudaStreamGetCaptureInfo(reinterpret_cast<cudaStream_t>(stream), &status, &id), "lora_fused", "",
         "capture info");
   return status == cudaStreamCaptureStatusNone ? 0 : id;
+}
+
+// w, shrink, expand, y; bias, mask; columns, R, first column of its s; scale
+using Sm80LayerTuple =
+    std::tuple<MatrixTuple, MatrixTuple, MatrixTuple, OutputTuple, Pointer, MaskTuple, i64, i64, i64, float>;
+
+sm80::Layer sm80_layer(const Sm80LayerTuple& t) {
+  return {matrix(std::get<0>(t)),
+          matrix(std::get<1>(t)),
+          matrix(std::get<2>(t)),
+          output(std::get<3>(t)),
+          reinterpret_cast<const void*>(std::get<4>(t)),
+          mask(std::get<5>(t), 0),
+          std::get<6>(t),
+          std::get<7>(t),
+          std::get<8>(t),
+          std::get<9>(t)};
+}
+
+// tile: block_m, block_n, block_k. flags: s is given, the mask is over y, y is added to.
+void matmul_sm80(const WhereTuple& where, int math, i64 M, i64 depth, const MatrixTuple& x,
+                 const OutputTuple& s, const std::vector<Sm80LayerTuple>& layers,
+                 const std::tuple<int, int, int>& tile, const std::tuple<bool, bool, bool>& flags,
+                 const WorkspaceTuple& space) {
+  sm80::MatmulLaunch p;
+  p.M = M, p.depth = depth, p.x = matrix(x), p.s = output(s);
+  p.layers = static_cast<int>(layers.size());
+  for (std::size_t i = 0; i < layers.size() && i < sm80::kMaxMembers; ++i) p.layer[i] = sm80_layer(layers[i]);
+  std::tie(p.block_m, p.block_n, p.block_k) = tile;
+  std::tie(p.s_given, p.mask_output, p.accumulate) = flags;
+  p.words = workspace(space).tickets, p.error = workspace(space).error;
+  launch_at(where, sm80::launch_matmul, math_of(math), p);
 }
 
 py::dict describe_device(int device) {
@@ -149,12 +217,18 @@ void register_cuda(py::module_ m) {
   m.def("device_count", device_count);
   m.def("device_properties", describe_device);
   m.def("capture_id", capture_id);
+  m.def("matmul_sm80", matmul_sm80);
+  m.def("matmul_sm80_words", sm80::words_of);
   m.def("shrink", shrink);
   m.def("shrink_workspace", shrink_workspace);
   m.def("reduce", reduce);
   m.def("reduce_workspace", reduce_workspace);
   m.def("decode", decode);
   m.def("decode_workspace", decode_workspace);
+#ifdef LORA_FUSED_HAVE_SM90
+  m.def("matmul_sm90", matmul_sm90);
+  m.def("matmul_sm90_words", sm90::words_of);
+#endif
 }
 
 }  // namespace lora_fused::cuda

@@ -43,7 +43,7 @@ def load(name: str) -> ModuleType | None:
     """The module of a backend, imported at its first use; None where it cannot be imported."""
     if name not in BACKENDS and name not in _missing:
         try:
-            BACKENDS[name] = importlib.import_module(f"lora_fused.backends.{name}")
+            BACKENDS[name] = importlib.import_module(f".{name}", __name__)
         except ImportError as error:
             _missing[name] = str(error)
     return BACKENDS.get(name)

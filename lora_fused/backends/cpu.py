@@ -54,7 +54,7 @@ class PackedWeight(NamedTuple):
 def native() -> Any:
     """The native module, or None where it was not built."""
     try:
-        return importlib.import_module("lora_fused._C")
+        return importlib.import_module(".._C", __package__)
     except ImportError:
         return None
 

@@ -7,10 +7,12 @@ never synchronise, so that they can be captured into CUDA graphs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from lora_fused.backends import torch_ops
+from lora_fused.backends import cuda_sm80, cuda_sm90, torch_ops
 from lora_fused.backends.cuda_candidates import candidates, decode_parts, reasons_against
 from lora_fused.backends.cuda_native import (
     Place,
@@ -25,11 +27,11 @@ from lora_fused.backends.cuda_native import (
     workspace,
 )
 from lora_fused.backends.torch_ops import flatten
-from lora_fused.config import Mask, Problem, Route
+from lora_fused.config import Mask, Member, Problem, Route, Tiles, group_columns
 
 __all__ = [
-    "candidates", "matmul", "not_supported_reasons", "reduce", "reduce_pair", "shrink",
-    "shrink_matmul", "shrink_reduce",
+    "candidates", "group_backward", "group_forward", "matmul", "not_supported_reasons", "reduce",
+    "reduce_pair", "shrink", "shrink_matmul", "shrink_reduce",
 ]  # fmt: skip
 
 _ROW_ALIGNMENT = 16
@@ -70,6 +72,13 @@ def matmul(
     out: Tensor | None = None,
 ) -> Tensor:
     """See torch_ops.matmul."""
+    tiles = route.config.tiles(direction)
+    if tiles is not None and tiles.persistent and s is not None and adapter is not None:
+        y = _new_y(route, direction, x) if out is None else out
+        mask = None if direction == "forward" else mask
+        layer = cuda_sm90.Layer(x, weight, None, adapter, s, y, 0.0, bias, mask)
+        _run(tiles, direction, [layer])
+        return y
     return torch_ops.matmul(route, direction, x, weight, s, adapter, bias, mask, out=out)
 
 
@@ -92,7 +101,63 @@ def shrink_matmul(
     "dx": x is dy [..., N], shrink_adapter lora_B [N, R], expand_adapter lora_A [R, K];
     s is ds = scale · dy lora_B, y is dx = dy weight + mask ⊙ (ds lora_A).
     """
-    return _decode(route, direction, x, weight, shrink_adapter, expand_adapter, scale, bias)
+    tiles = route.config.tiles(direction)
+    if tiles is None or not tiles.persistent:
+        return _decode(route, direction, x, weight, shrink_adapter, expand_adapter, scale, bias)
+    y = _new_y(route, direction, x) if out is None else out
+    s = _new_s(flatten(x), shrink_adapter.shape[0 if direction == "forward" else 1])
+    layer = cuda_sm90.Layer(x, weight, shrink_adapter, expand_adapter, s, y, scale, bias, mask)
+    _run(tiles, direction, [layer])
+    return y, s
+
+
+def group_forward(
+    route: Route, x: Tensor, members: Sequence[Member]
+) -> tuple[list[Tensor], Tensor]:
+    """One y [..., N_i] per member and the stacked s, by one launch; see group_hook.py."""
+    rows, tiles = flatten(x), route.config.tiles("forward")
+    assert tiles is not None
+    s, parts = _stacked_s(rows, members)
+    ys = [x.new_empty(*x.shape[:-1], m.weight.shape[0]) for m in members]
+    layers = [
+        cuda_sm90.Layer(rows, m.weight, m.lora_A, m.lora_B, part, y, m.scale, m.bias, m.mask)
+        for m, part, y in zip(members, parts, ys, strict=True)
+    ]
+    _run(tiles, "forward", layers)
+    return ys, s
+
+
+def group_backward(
+    route: Route,
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    s: Tensor | None,
+    members: Sequence[Member],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """dx and every ds by one launch, then da and db of each member; see group_hook.py."""
+    rows, tiles, dx = [flatten(dy) for dy in dys], route.config.tiles("dx"), None
+    _, parts = _stacked_s(rows[0], members)
+    if "x" in route.needs and tiles is not None:
+        dx = rows[0].new_empty(route.x_shape)
+        layers = [
+            cuda_sm90.Layer(dy, m.weight, m.lora_B, m.lora_A, part, dx, m.scale, None, m.mask)
+            for dy, m, part in zip(rows, members, parts, strict=True)
+        ]
+        _run(tiles, "dx", layers)
+    elif "lora_A" in route.needs:
+        for dy, m, part in zip(rows, members, parts, strict=True):
+            part.copy_(shrink(route, dy, m.lora_B.t(), m.scale))
+    das: list[Tensor | None] = []
+    dbs: list[Tensor | None] = []
+    offsets, _ = group_columns([m.lora_A.shape[0] for m in members])
+    for dy, m, part, first in zip(rows, members, parts, offsets, strict=True):
+        own_s = None if s is None else s[:, first : first + m.lora_A.shape[0]]
+        da_dtype = m.da_dtype if "lora_A" in m.needs else None
+        db_dtype = m.db_dtype if "lora_B" in m.needs else None
+        da, db = reduce_pair(route, part, x, m.mask, da_dtype, dy, own_s, db_dtype)
+        das.append(da)
+        dbs.append(db)
+    return dx, das, dbs
 
 
 def shrink_reduce(
@@ -175,6 +240,26 @@ def _launch_reduce(route: Route, some: Tensor, R: int, jobs: list) -> None:
         (place.number, place.stream, False), math, some.shape[0], R, jobs, splits, pointers
     )
     del owners
+
+
+def _run(tiles: Tiles, direction: str, layers: Sequence[cuda_sm90.Layer]) -> None:
+    """By the kernel that these tiles are of."""
+    kernel = cuda_sm90 if tiles.descriptors else cuda_sm80
+    kernel.run(tiles, direction, layers)
+
+
+def _new_y(route: Route, direction: str, x: Tensor) -> Tensor:
+    """An uninitialised y (forward) or dx for x or dy."""
+    return x.new_empty(route.y_shape if direction == "forward" else route.x_shape)
+
+
+def _stacked_s(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, list[Tensor]]:
+    """The s of a group [M, R_total] with zeros between the members, and each member's columns."""
+    ranks = [m.lora_A.shape[0] for m in members]
+    offsets, total = group_columns(ranks)
+    make = torch.empty if sum(ranks) == total else torch.zeros
+    s = make(x.shape[0], total, dtype=x.dtype, device=x.device)
+    return s, [s[:, at : at + rank] for at, rank in zip(offsets, ranks, strict=True)]
 
 
 def _new_s(x: Tensor, R: int) -> Tensor:

@@ -11,6 +11,7 @@ import itertools
 
 import torch
 
+from lora_fused.backends import cuda_sm80, cuda_sm90
 from lora_fused.config import Candidate, Problem, Tiles
 from lora_fused.devices import Device
 
@@ -60,6 +61,8 @@ def candidates(problem: Problem, device: Device, operation: str) -> list[Candida
         "forward": _decode_candidates,
         "dx": _decode_candidates,
     }[operation](problem, device, operation)
+    for kernel in (cuda_sm90, cuda_sm80):
+        found += kernel.candidates(problem, device, operation)
     budget = device.shared_bytes_per_block
     return [candidate for candidate in found if candidate.shared_bytes <= budget]
 
@@ -190,7 +193,7 @@ def _shipped() -> list[tuple[str, str, Tiles, int]]:
             made.append(("reduce", "reduce", reduce_tiles(R, dtype, splits), target))
         for direction in ("forward", "dx"):
             made.append((direction, "decode", decode_tiles(splits), target))
-    return list(dict.fromkeys(made))
+    return list(dict.fromkeys(made + cuda_sm90.SHIPPED + cuda_sm80.SHIPPED))
 
 
 SHIPPED = _shipped()

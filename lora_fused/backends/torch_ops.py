@@ -24,7 +24,7 @@ def not_supported_reasons(problem: Problem) -> list[str]:
 def shrink(route: Route, x: Tensor, a: Tensor, scale: float, mask: Mask | None = None) -> Tensor:
     """s [M, R] = scale · (mask ⊙ x) aᵀ from x [..., K] and a [R, K]."""
     rows = _dropped(flatten(x), mask)
-    if on_gpu(rows):
+    if route.problem.device_type != "cpu":
         return _scaled_mm(rows, a.t(), scale)
     s = torch.mm(rows, a.t())
     return s if scale == 1.0 else s.mul_(scale)
@@ -49,7 +49,7 @@ def matmul(
     """
     forward = direction == "forward"
     x2, w = flatten(x), weight.t() if forward else weight
-    if s is not None and adapter is not None and out is None and on_gpu(x):
+    if route.problem.device_type != "cpu" and s is not None and adapter is not None and out is None:
         y = rank_first(x2, w, s, adapter.t() if forward else adapter, bias, mask)
         return y.view(route.y_shape if forward else route.x_shape)
     if out is not None:
@@ -60,11 +60,6 @@ def matmul(
         l = adapter.t() if forward else adapter
         y = y.addmm_(s, l) if mask is None else y.add_(_dropped(torch.mm(s, l), mask))
     return y.view(route.y_shape if forward else route.x_shape)
-
-
-def on_gpu(x: Tensor) -> bool:
-    """Whether launches and passes over y count, and a GEMM reads y (beta = 1) at no cost."""
-    return x.device.type != "cpu"
 
 
 def rank_first(
@@ -99,7 +94,7 @@ def shrink_reduce(
     dy2 = flatten(dy)
     ds = db = None
     if need_ds and b is not None:
-        if on_gpu(dy):
+        if route.problem.device_type != "cpu":
             ds = _scaled_mm(dy2, b, scale)
         else:
             ds = torch.mm(dy2, b)

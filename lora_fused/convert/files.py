@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +43,10 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -
         return
     from safetensors.torch import save_file
 
-    whole: dict[str, Any] = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, path, metadata={"format": "pt"})
+    # NOTE: safetensors refuses tensors that share memory, as the parts of a split layer do.
+    own = {name: tensor.detach().clone(memory_format=torch.contiguous_format)
+           for name, tensor in tensors.items()}  # fmt: skip
+    save_file(own, path, metadata={"format": "pt"})
 
 
 def pairs(

@@ -131,7 +131,7 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "r": r, "rank_pattern": _pattern(ranks, r),
         "lora_alpha": _number(lora_alpha), "alpha_pattern": _pattern(alphas, lora_alpha),
         "use_rslora": rslora,
-        "target_modules": _shortest(list(layers), set(layers)),
+        "target_modules": sorted(layers),
         "lora_bias": any(layer.lora_bias is not None for layer in layers.values()),
         "use_dora": any(layer.magnitude is not None for layer in layers.values()),
     }  # fmt: skip
@@ -160,7 +160,8 @@ def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
         if value != default:
             wanted = {name for name, own in values.items() if own == value}
             for key in _shortest(list(values), wanted):
-                pattern[key if "." not in key else f"^{key}"] = _number(value)
+                literal = re.escape(key).replace(r"\.", ".")
+                pattern[literal if "." not in key else f"^{literal}"] = _number(value)
     return pattern
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DeviceMesh, DTensor, Placement, Replicate
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from lora_fused.distributed.rules import Layout, from_the_front, layout_of
 from lora_fused.reference import dropout_threshold

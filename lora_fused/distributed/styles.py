@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
-    DeviceMesh,
     DTensor,
     Placement,
     Replicate,
@@ -49,7 +49,9 @@ class _LoRAStyle(ParallelStyle):
                 )
                 submodule.register_parameter(key, nn.Parameter(value, param.requires_grad))
 
-        return distribute_module(module, device_mesh, distribute, self._input, self._output)
+        # NOTE: torch's annotation forgets that output_fn returns the output.
+        output_fn: Any = self._output
+        return distribute_module(module, device_mesh, distribute, self._input, output_fn)
 
     def _input(self, module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> Any:
         x, *rest = inputs
@@ -106,6 +108,7 @@ class RowwiseLoRA(_LoRAStyle):
 
 def _placements_of(module: nn.Module, layout: Layout) -> Callable[[str], Placement]:
     """Name of a parameter → its placement; a refusal of modules that are not LoRA layers."""
+    name_of: Callable[[str], str]
     if isinstance(module, FusedLoRALinear):
         if module.merged:
             raise RuntimeError(f"{layout_name(layout)}: the layer is merged; unmerge() it first.")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lora_fused.functional import is_traced
 from lora_fused.group import LoRAWeights, lora_linear_group
-from lora_fused.integrations.grouping_rule import why_it_does_not_pay
+from lora_fused.integrations.grouping_rule import why_it_does_not_pay, why_too_few_tokens
 
 if TYPE_CHECKING:
     from lora_fused.integrations.grouping import Siblings
@@ -44,9 +44,13 @@ class _Ready(NamedTuple):
 
 
 def facts_of(tensors: Iterable[Tensor | None], *others: Any) -> tuple[Any, ...]:
-    """Identity, version and requires_grad of tensors, and whatever else decides the output."""
-    return (*((None if t is None else (id(t), _version(t), t.requires_grad)) for t in tensors),
-            *others)  # fmt: skip
+    """Identity, memory, version and requires_grad of tensors, and whatever else decides the output.
+
+    NOTE: what is written past autograd (x.data.mul_(2)) changes none of them.
+    """
+    of_each = (None if t is None else (id(t), t.data_ptr(), _version(t), t.requires_grad)
+               for t in tensors)  # fmt: skip
+    return (*of_each, *others)
 
 
 def _version(t: Tensor) -> int | None:
@@ -117,9 +121,10 @@ class Window:
             return None
         if name in self.ready:
             return self._take(name, x)
-        groups = self.siblings.groups or ()
-        group = next((group for group in groups if group[0] == name), None)
-        return None if group is None else self._lead(group, x)
+        for group in self.siblings.groups or ():
+            if group[0] == name:
+                return self._lead(group, x)
+        return None
 
     def _observe(self, name: str, x: Tensor) -> None:
         """Note a call: in the run of the last one if it is on the same, unchanged tensor."""
@@ -131,11 +136,14 @@ class Window:
 
     def _name_of(self, layer: Any) -> str | None:
         modules = self.parent._modules
-        return next((n for n in self.siblings.names if modules.get(n) is layer), None)
+        for name in self.siblings.names:
+            if modules.get(name) is layer:
+                return name
+        return None
 
     def _lead(self, group: tuple[str, ...], x: Tensor) -> Tensor | None:
         """Compute the whole group and keep the outputs of the siblings."""
-        why = _why_alone(x)
+        why = (None if self.siblings.always else why_too_few_tokens(x)) or _why_alone(x)
         members: list[Member] = []
         for name in group if why is None else ():
             member = self._member(name, x)
@@ -153,7 +161,7 @@ class Window:
         backend = members[0].backend
         ys = lora_linear_group(x, [m.weights for m in members], backend=backend)
         self.siblings.calls += 1
-        around = (_version(x), x.requires_grad, _modes(x))
+        around = facts_of([x], _modes(x))
         for name, member, y in zip(group[1:], members[1:], ys[1:], strict=True):
             self.ready[name] = _Ready(y, x, (around, member.facts))
         return ys[0]
@@ -179,7 +187,7 @@ class Window:
             self.siblings.miss(f"{name}: called on another input than its siblings")
             return None
         member = self._member(name, x)
-        around = (_version(x), x.requires_grad, _modes(x))
+        around = facts_of([x], _modes(x))
         if isinstance(member, str) or ready.facts != (around, member.facts):
             self.siblings.miss(f"{name}: something changed after its siblings were called")
             return None

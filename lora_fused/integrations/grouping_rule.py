@@ -18,7 +18,6 @@ measured; there a group launches fewer kernels and reads x less often, and does 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -29,15 +28,21 @@ from lora_fused.group import LoRAWeights
 FEWEST_TOKENS = 512
 FEWEST_TOKENS_FORWARD = 2048
 """Without gradients, where less is shared."""
+_TOO_FEW = {
+    fewest: f"fewer than {fewest} tokens: a group was not measured faster"
+    for fewest in (FEWEST_TOKENS, FEWEST_TOKENS_FORWARD)
+}
+
+
+def why_too_few_tokens(x: Tensor) -> str | None:
+    """Why any group on this input would be slower than its members; asked first, it is cheap."""
+    fewest = FEWEST_TOKENS if torch.is_grad_enabled() else FEWEST_TOKENS_FORWARD
+    return _TOO_FEW[fewest] if x.numel() < fewest * x.shape[-1] else None
 
 
 def why_it_does_not_pay(x: Tensor, members: Sequence[LoRAWeights]) -> str | None:
-    """Why the members are better computed alone; None if the group was not measured slower."""
-    M, K = math.prod(x.shape[:-1]), x.shape[-1]
-    fewest = FEWEST_TOKENS if torch.is_grad_enabled() else FEWEST_TOKENS_FORWARD
-    if fewest > M:
-        return f"fewer than {fewest} tokens: a group was not measured faster"
+    """Why these members are better computed alone; None if the group was not measured slower."""
     mean_width = sum(member.weight.shape[0] for member in members) / len(members)
-    if x.device.type == "cpu" and mean_width > K:
+    if x.device.type == "cpu" and mean_width > x.shape[-1]:
         return "layers wider than their input: a group was not measured faster on CPUs"
     return None

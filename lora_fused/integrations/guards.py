@@ -83,9 +83,16 @@ def why_not_bypassed(module: nn.Module, what: str) -> str | None:
         or module._backward_pre_hooks
     ):
         return f"{what} has hooks"
-    if "forward" in module.__dict__ or type(module).forward is not STOCK_FORWARDS[type(module)]:
+    if "forward" in module.__dict__ or _is_patched(type(module)):
         return f"the forward of {what} is patched"
     return None
+
+
+def _is_patched(kind: Any) -> bool:
+    """Whether the forward of a class is another than it was written with."""
+    if kind in STOCK_FORWARDS:
+        return kind.forward is not STOCK_FORWARDS[kind]
+    return bool(kind.forward.__module__ != kind.__module__)
 
 
 def why_not_dropout(dropout: nn.Module) -> str | None:

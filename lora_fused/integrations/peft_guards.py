@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lora_fused.integrations.guards import (
-    STOCK_FORWARDS,
     Options,
     drops_now,
     has_global_hooks,
@@ -28,7 +26,6 @@ from lora_fused.integrations.guards import (
 )
 
 BASE_ADAPTER = "__base__"
-STOCK_FORWARDS[Conv1D] = Conv1D.forward
 
 
 def why_stock_layer(layer: Any, adapters: Sequence[str], options: Options) -> str | None:
@@ -38,7 +35,7 @@ def why_stock_layer(layer: Any, adapters: Sequence[str], options: Options) -> st
     `_modules` and `_parameters`, which is several times faster than nn.Module's attributes.
     """
     base = layer._modules["base_layer"]
-    if type(base) is not nn.Linear and type(base) is not Conv1D:
+    if type(base) is not nn.Linear and not is_conv1d(base):
         return f"the base layer is a {type_name(base)}, not exactly nn.Linear or Conv1D"
     bias = parameter(base, "bias")
     why = (
@@ -97,6 +94,12 @@ def why_stock_input(layer: Any, x: Any, adapters: Sequence[str], options: Option
     if options.match_torch_rng and any(drops(layer, name) for name in adapters):
         return why_no_torch_mask()
     return None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is exactly transformers' Conv1D; asked without importing transformers."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def drops(layer: Any, adapter: str) -> bool:

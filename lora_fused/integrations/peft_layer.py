@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from lora_fused.dispatch import route_for
 from lora_fused.explain import LayerReport, needs_of
-from lora_fused.functional import call_layer
 from lora_fused.group import LoRAWeights
 from lora_fused.integrations.acceleration import Acceleration
 from lora_fused.integrations.group_window import Member, call_in_group, facts_of
-from lora_fused.integrations.guards import DISABLED, MERGED, NO_ADAPTER, parameter, torch_mask
-from lora_fused.integrations.peft_guards import (
-    BASE_ADAPTER,
-    child,
-    drops,
-    why_stock_input,
-    why_stock_layer,
+from lora_fused.integrations.guards import parameter
+from lora_fused.integrations.peft_call import (
+    adapters_of_call,
+    fused_call,
+    mixed_batch_call,
+    operands,
+    why_stock,
 )
-
-_KNOWN_ARGUMENTS = {"adapter_names", "alora_offsets"}
+from lora_fused.integrations.peft_guards import child, drops
 
 
 class FusedLinear(Linear):
@@ -39,33 +35,28 @@ class FusedLinear(Linear):
     _lora_fused: Acceleration
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter_names = kwargs.get("adapter_names")
-        if adapter_names is None:
-            lora_A = self._modules["lora_A"]._modules  # type: ignore[union-attr]
-            adapters: Sequence[str] = [a for a in self.active_adapters if a in lora_A]
-        else:
-            self._check_forward_args(x, *args, **kwargs)
-            adapters = [a for a in dict.fromkeys(adapter_names) if a in self.lora_A]
-        reason = _why_stock(self, x, args, kwargs, adapters)
+        state = self._lora_fused
+        adapters = adapters_of_call(self, x, args, kwargs)
+        reason = why_stock(self, x, args, kwargs, adapters, state.options)
         if reason is not None:
-            self._lora_fused.count_stock(reason)
+            state.count_stock(reason)
             return super().forward(x, *args, **kwargs)
-        self._lora_fused.count_fused()
-        if adapter_names is not None:
-            return mixed_batch_call(self, x, adapter_names)
+        state.count_fused()
+        if kwargs and kwargs.get("adapter_names") is not None:
+            return mixed_batch_call(self, x, kwargs["adapter_names"], state.options)
         y = None if torch.compiler.is_compiling() else call_in_group(self, x)
-        return fused_call(self, x, adapters) if y is None else y
+        return fused_call(self, x, adapters, state.options) if y is None else y
 
     def as_member(self, x: Tensor) -> Member | str:
         """This layer, called on x, as a member of a group; why not, in words."""
         layer: Any = self
-        adapters = [a for a in self.active_adapters if a in self.lora_A]
-        reason = _why_stock(self, x, (), {}, adapters)
+        adapters = adapters_of_call(self, x, (), {})
+        reason = why_stock(self, x, (), {}, adapters, self._lora_fused.options)
         if reason is not None:
             return reason
         if any(drops(self, name) for name in adapters):
             return "each layer draws its own dropout mask"
-        weight, lora_A, lora_B, bias, scaling = _operands(layer, adapters)
+        weight, lora_A, lora_B, bias, scaling = operands(layer, adapters)
         parts = [self.base_layer, *(child(self, part, name) for name in adapters
                                     for part in ("lora_A", "lora_B"))]  # fmt: skip
         tensors = [parameter(part, name) for part in parts for name in ("weight", "bias")]
@@ -78,112 +69,13 @@ class FusedLinear(Linear):
 
     def explain_call(self, name: str, x: Tensor) -> LayerReport:
         """What lora_fused.explain reports of this layer."""
-        adapters = [a for a in self.active_adapters if a in self.lora_A]
-        reason = _why_stock(self, x, (), {}, adapters)
+        adapters = adapters_of_call(self, x, (), {})
+        reason = why_stock(self, x, (), {}, adapters, self._lora_fused.options)
         if reason is not None:
             return LayerReport(name, "lora.Linear", None, None, (reason,), "PEFT's own forward")
         layer: Any = self
-        weight, lora_A, lora_B, bias, _ = _operands(layer, adapters)
+        weight, lora_A, lora_B, bias, _ = operands(layer, adapters)
         needs = needs_of({"weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias})
         dropout, backend = drops(layer, adapters[0]), self._lora_fused.options.backend
         route = route_for(x, weight, lora_A, lora_B, bias, dropout, backend, needs=needs)
         return LayerReport(name, "lora.Linear", route.problem, route.config, route.config.notes)
-
-
-def _why_stock(
-    layer: FusedLinear, x: Any, args: Any, kwargs: dict[str, Any], adapters: Sequence[str]
-) -> str | None:
-    """Why a call must go to PEFT's forward, in words; None if it may be fused."""
-    if layer.disable_adapters:
-        return DISABLED
-    if layer.merged:
-        return MERGED
-    if not adapters:
-        return NO_ADAPTER
-    mixed = bool(kwargs) and kwargs.get("adapter_names") is not None
-    options = layer._lora_fused.options
-    if args or (kwargs and _has_more_than_names(kwargs)):
-        return "the call has extra arguments"
-    if mixed and (not isinstance(x, Tensor) or x.dim() < 2):
-        return "a mixed batch needs an input of two dimensions or more"
-    if mixed:
-        whys = (why_stock_layer(layer, [adapter], options) for adapter in adapters)
-        why = next((why for why in whys if why is not None), None)
-    else:
-        why = why_stock_layer(layer, adapters, options)
-    return why or why_stock_input(layer, x, adapters, options)
-
-
-def _has_more_than_names(kwargs: dict[str, Any]) -> bool:
-    return bool(kwargs.keys() - _KNOWN_ARGUMENTS) or kwargs.get("alora_offsets") is not None
-
-
-def fused_call(layer: Any, x: Tensor, adapters: Sequence[str]) -> Tensor:
-    """What PEFT's forward computes with these adapters, in one pass over x and y."""
-    options = layer._lora_fused.options
-    weight, lora_A, lora_B, bias, scaling = _operands(layer, adapters)
-    p, keep = 0.0, None
-    if adapters and drops(layer, adapters[0]):
-        p = child(layer, "lora_dropout", adapters[0]).p
-        if options.match_torch_rng:
-            keep = torch_mask(x, p, lora_A.dtype)
-    return call_layer(x, weight, lora_A, lora_B, bias, scaling, p, None, options.backend, keep=keep)
-
-
-def _operands(layer: Any, adapters: Sequence[str]) -> tuple[Any, Any, Any, Any, float]:
-    """weight [N, K], lora_A, lora_B, bias and scaling; without adapters the latter are None."""
-    base = layer._modules["base_layer"]
-    weight = parameter(base, "weight")
-    if type(base) is Conv1D:
-        weight = weight.t()
-    if not adapters:
-        return weight, None, None, parameter(base, "bias"), 1.0
-    lora_A, lora_B, scaling = _one_adapter(layer, adapters)
-    return weight, lora_A, lora_B, _bias(layer, adapters), scaling
-
-
-def _one_adapter(layer: Any, adapters: Sequence[str]) -> tuple[Tensor, Tensor, float]:
-    """lora_A, lora_B and scaling; several adapters become one of the sum of their ranks."""
-    if len(adapters) == 1:
-        name = adapters[0]
-        lora_A, lora_B = child(layer, "lora_A", name), child(layer, "lora_B", name)
-        return parameter(lora_A, "weight"), parameter(lora_B, "weight"), float(layer.scaling[name])
-    a = [parameter(child(layer, "lora_A", name), "weight") for name in adapters]
-    b = [parameter(child(layer, "lora_B", name), "weight") for name in adapters]
-    scaling = [float(layer.scaling[name]) for name in adapters]
-    if len(set(scaling)) == 1:
-        return torch.cat(a), torch.cat(b, dim=1), scaling[0]
-    # Scaled in fp32, so that lora_B is rounded once at most, when it is cast to the compute dtype.
-    scaled = [
-        t.to(torch.promote_types(t.dtype, torch.float32)) * scale
-        for t, scale in zip(b, scaling, strict=True)
-    ]
-    return torch.cat(a), torch.cat(scaled, dim=1), 1.0
-
-
-def _bias(layer: Any, adapters: Sequence[str]) -> Tensor | None:
-    """The base bias, plus the scaled biases of lora_B (lora_bias=True), added in fp32."""
-    bias: Tensor | None = parameter(layer._modules["base_layer"], "bias")
-    for name in adapters:
-        lora_bias = parameter(child(layer, "lora_B", name), "bias")
-        if lora_bias is None:
-            continue
-        wide = torch.promote_types(lora_bias.dtype, torch.float32)
-        scaled = lora_bias.to(wide) * layer.scaling[name]
-        bias = scaled if bias is None else bias.to(wide) + scaled
-    return bias
-
-
-def mixed_batch_call(layer: FusedLinear, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
-    """Row i of the batch with adapter i: one fused call per adapter on its rows."""
-    rows_of: dict[str, list[int]] = {}
-    for row, name in enumerate(adapter_names):
-        rows_of.setdefault(name if name in layer.lora_A else BASE_ADAPTER, []).append(row)
-    parts = []
-    for name, rows in rows_of.items():
-        part = x if len(rows_of) == 1 else x[rows]
-        parts.append(fused_call(layer, part, [] if name == BASE_ADAPTER else [name]))
-    if len(parts) == 1:
-        return parts[0]
-    order = torch.tensor([row for rows in rows_of.values() for row in rows], device=x.device)
-    return torch.cat(parts)[order.argsort()]

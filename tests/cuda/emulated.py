@@ -26,9 +26,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_fused.backends import cuda, cuda_native
+from lora_fused.backends import cuda, cuda_native, cuda_sm80, cuda_sm90
 from tests.ptx_emulator import TOGETHER, Offset, Report, Schedule, Struct, Uninitialised, run
+from tests.ptx_emulator.layouts import Swizzle
+from tests.ptx_emulator.tensor_map import encode_tiled
 
+from . import sm80, sm90
 from .compile import ROOT, _module, ptx
 
 BUILD = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
@@ -120,6 +123,19 @@ class _Memory(TorchDispatchMode):
                 self.unwritten -= {k for k, a in self.arrays.items() if a is pointer.array.array}
 
 
+_ELEMENTS = {6: "f16", 7: "f32", 9: "bf16"}  # CUtensorMapDataType
+_SWIZZLES = {0: 0, 1: 32, 2: 64, 3: 128}  # CUtensorMapSwizzle, bytes
+
+
+def _tensor_map(asked: dict[str, Any]) -> bytes:
+    """What the emulator takes for the 128 bytes of the driver."""
+    return encode_tiled(
+        _ELEMENTS[asked["dtype"]], asked["address"], asked["size"], asked["stride_bytes"],
+        asked["box"], asked["element_stride"], asked["interleave"],
+        Swizzle(_SWIZZLES[asked["swizzle"]]), bool(asked["fill"]),
+    )  # fmt: skip
+
+
 class EmulatedGpu:
     """Replaces the native module and the place of tensors while it is entered."""
 
@@ -145,7 +161,8 @@ class EmulatedGpu:
         module = fake_module()
         module.control.reset([self.device, self.device])
         module.control.on_launch(self._launch)
-        for where in (cuda, cuda_native):
+        module.control.on_tensor_map(_tensor_map)
+        for where in (cuda, cuda_native, cuda_sm80, cuda_sm90):
             self.patch.setattr(where, "native", lambda: module)
             self.patch.setattr(where, "place_of", self.place_of)
         self.patch.setattr(cuda_native, "_words", {})
@@ -169,6 +186,12 @@ class EmulatedGpu:
 
     def text_of(self, kernel: str) -> str:
         """The PTX with this kernel."""
+        if kernel.startswith("lora_matmul_sm90_"):
+            text = sm90.kernel_text(kernel)
+            return text if self.edit is None else self.edit(kernel, text)
+        if kernel.startswith("lora_matmul_sm80_"):
+            text = sm80.kernel_text(sm80.variant(kernel), self.arch)
+            return text if self.edit is None else self.edit(kernel, text)
         source = next(path for prefix, path in SOURCES.items() if kernel.startswith(prefix))
         text = ptx(source, self.arch)
         return text if self.edit is None else self.edit(kernel, text)

@@ -1,4 +1,4 @@
-"""The sm_80 matmul in the emulator: its variants, its argument struct, and runs against the reference."""
+"""The sm_80 matmul in the emulator: variants, arguments, runs against the reference."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_fused.reference import keep_mask
+from lora_fused.reference import effective_scaling
+from lora_fused.testing import Case, assert_close_to_ref
 from tests.ptx_emulator import Report, Struct, Uninitialised
 
 from .compile import ROOT, launch, ptx
 
 MATHS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "tf32"}
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FLAGS = 4  # words of the workspace before the flags
+FLAGS = 2  # words of the workspace before the flags
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Variant:
 def variants() -> list[Variant]:
     text = (ROOT / "csrc/cuda/sm80/variants.h").read_text()
     found = []
-    for bits, maths in (("16BIT", ("bf16", "f16")), ("32BIT", ("tf32",))):
-        body = re.search(rf"VARIANTS_{bits}\(X, MATH, T\)((?:.*\\\n)*.*)", text)[1]
+    for kind, maths in (("16BIT", ("bf16", "f16")), ("BF16", ("bf16",)), ("32BIT", ("tf32",))):
+        body = re.search(rf"VARIANTS_{kind}\(X, MATH, T\)((?:.*\\\n)*.*)", text)[1]
         for row in re.findall(r"X\(MATH, T, ([^)]*)\)", body):
             *numbers, layout = row.split(", ")
             found += [Variant(math, *map(int, numbers), layout) for math in maths]
@@ -79,7 +80,7 @@ SHIPPED = variants()
 
 
 def variant(name: str) -> Variant:
-    return next(v for v in SHIPPED if str(v) == name)
+    return next(v for v in SHIPPED if name in (str(v), v.name))
 
 
 @cache
@@ -120,7 +121,7 @@ def vectors(tensor: Tensor, contiguous: int) -> bool:
 
 @dataclass
 class Projection:
-    """One member of a launch in the kernel's orientation: w [N, D], shrink [R, D], expand [N, R]."""
+    """One member, as the kernel sees it: w [N, D], shrink [R, D], expand [N, R]."""
 
     w: Tensor
     shrink: Tensor
@@ -141,7 +142,7 @@ class Problem:
     group_m: int = 8
     workspace: Tensor | None = None
     seed_on_device: bool = False
-    keep: dict = field(default_factory=dict)
+    error: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))
 
 
 def _chunks(problem: Problem, begins: Sequence[int], width: int) -> list[int]:
@@ -155,7 +156,7 @@ def _chunks(problem: Problem, begins: Sequence[int], width: int) -> list[int]:
 
 
 def arguments(problem: Problem, shipped: Variant) -> tuple[Struct, Tensor, int]:
-    """(struct MatmulLaunch, s, number of tiles). s is allocated with rows of 16 bytes."""
+    """(struct MatmulArgs, s, number of tiles). s is allocated with rows of 16 bytes."""
     members = problem.members
     M, D = problem.x.shape
     begins, total = [], 0
@@ -175,16 +176,18 @@ def arguments(problem: Problem, shipped: Variant) -> tuple[Struct, Tensor, int]:
         structs.append(
             Struct(
                 *map(_matrix, (member.w, member.shrink, member.expand)),
-                np.int64(0) if member.bias is None else member.bias,
                 _output(member.y),
+                np.int64(0) if member.bias is None else member.bias,
                 torch.tensor([member.seed]) if on_device else np.int64(0),
                 np.uint64(0) if on_device else seed,
+                np.float32(problem.scale),
                 *(N, member.shrink.shape[0], begin, tiles_end),
                 int(not vectors(member.expand, outer)),
                 int(not vectors(member.y, 1)),
+                0,  # to a multiple of 8 bytes
             )
         )
-    unused = Struct(*([np.int64(0)] * 19))
+    unused = Struct(*([np.int64(0)] * 20))
     chunks = len(marks) - 1
     by_elements = not all(vectors(m.shrink, outer) for m in members)
     by_elements |= len(members) > 1 and outer == 0
@@ -197,13 +200,14 @@ def arguments(problem: Problem, shipped: Variant) -> tuple[Struct, Tensor, int]:
         s_struct,
         *structs,
         *([unused] * (3 - len(structs))),
-        np.float32(problem.scale),
+        problem.workspace,
+        problem.error,
         *(M, D, len(members), tiles_m, problem.group_m, chunks),
         *(int(v) for v in np.frombuffer(padded, np.int32)),
         int(by_elements),
         np.uint32(problem.threshold),
         int(problem.mask_output),
-        problem.workspace,
+        0,  # accumulate
     )
     return struct, s, tiles_m * (chunks + tiles_end)
 
@@ -220,4 +224,68 @@ def run(
     return report, s
 
 
-__all__ = ["kernel_text","SHIPPED", "Problem", "Projection", "Variant", "keep_mask", "replace", "run", "variant"]
+# ---- against the reference -----------------------------------------------------------------------
+
+
+def tf32(tensor: Tensor) -> Tensor:
+    """fp32 values rounded to TF32, ties away from zero."""
+    bits = tensor.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def baseline(case: Case) -> dict[str, Tensor]:
+    """Plain torch in the dtype under test; fp32 with TF32 multiplications."""
+    if case.x.dtype != torch.float32:
+        return _with_ds(case, case.baseline())
+    names = ("x", "weight", "lora_A", "lora_B", "dy")
+    rounded = replace(case, **{name: tf32(getattr(case, name)) for name in names})
+    return _with_ds(rounded, rounded.baseline())
+
+
+def truth(case: Case) -> dict[str, Tensor]:
+    return _with_ds(replace(case, dy=case.dy.double(), lora_B=case.lora_B.double()), case.truth())
+
+
+def _with_ds(case: Case, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    scale = effective_scaling(case.scaling, case.dropout_p)
+    return (
+        outputs | {"ds": ((case.dy @ case.lora_B).float() * scale).to(case.dy.dtype)}
+        if (case.dy.dtype != torch.float64)
+        else outputs | {"ds": case.dy @ case.lora_B * scale}
+    )
+
+
+def problem_of(case: Case, direction: str, **options) -> Problem:
+    """The forward or dx problem of a case, with outputs to be written."""
+    threshold = round(case.dropout_p * 65536)
+    scale = effective_scaling(case.scaling, case.dropout_p)
+    if direction == "forward":
+        y = torch.zeros(case.x.shape[0], case.weight.shape[0], dtype=case.x.dtype)
+        member = Projection(case.weight, case.lora_A, case.lora_B, y, case.bias, case.seed)
+        return Problem(case.x, [member], scale, threshold=threshold, **options)
+    dx = torch.zeros_like(case.x)
+    adapters = case.lora_B.t(), case.lora_A.t()
+    member = Projection(case.weight.t(), *adapters, dx, None, case.seed)
+    masked = {"threshold": threshold, "mask_output": threshold > 0}
+    return Problem(case.dy, [member], scale, **masked, **options)
+
+
+def check(
+    case: Case, direction: str, shipped: Variant, arch: str = "sm_80", **options
+) -> tuple[Problem, Report]:
+    """Run one direction: no finding, numbers by the rule, a workspace that is zero again."""
+    problem = problem_of(case, direction, **options.pop("problem", {}))
+    report, s = run(problem, shipped, arch, **options)
+    report.check()
+    hold(case, direction, problem, s)
+    return problem, report
+
+
+def hold(case: Case, direction: str, problem: Problem, s: Tensor) -> None:
+    names = ("y", "s") if direction == "forward" else ("dx", "ds")
+    expected, allowed = truth(case), baseline(case)
+    outputs = problem.members[0].y, s[:, : case.lora_A.shape[0]]
+    for name, got in zip(names, outputs, strict=True):
+        assert_close_to_ref(name, got, expected[name], allowed[name])
+    assert problem.workspace is not None
+    assert not problem.workspace.any() and not problem.error.any()

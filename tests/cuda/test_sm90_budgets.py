@@ -1,9 +1,9 @@
-"""What ptxas made of the sm_90a matmul, and its exact traffic: registers, machine code, bytes, wavefronts."""
+"""What ptxas made of the sm_90a matmul, and its exact traffic in bytes and wavefronts."""
 
 from __future__ import annotations
 
 import re
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 
@@ -13,7 +13,7 @@ from .sm90 import ARCH, SOURCE, Case, shared_bytes
 DIRECTIONS = ("forward", "dx", "dx_masked")
 KERNELS = [
     f"lora_matmul_sm90_{dtype}_{direction}_n{block_n}"
-    for dtype, direction, block_n in product(("bf16", "fp16"), DIRECTIONS, (128, 256))
+    for dtype, direction, block_n in product(("bf16", "f16"), DIRECTIONS, (128, 256))
 ]
 MAX_SHARED = 232448
 # Instructions that may stand between two HGMMAs of a stage: addresses and descriptors.
@@ -78,7 +78,7 @@ def _stages(names: list[str]) -> list[dict]:
         inside = names[start + 1 : end]
         mma = [i for i, name in enumerate(inside) if name.startswith("HGMMA")]
         between = {n.split(".")[0] for n in inside[mma[0] : mma[-1]] if not n.startswith("HGMMA")}
-        gaps = [b - a - 1 for a, b in zip(mma, mma[1:], strict=False)]
+        gaps = [b - a - 1 for a, b in pairwise(mma)]
         shape = inside[mma[0]].split(".")[1]
         runs.append(
             {"shape": shape, "count": len(mma), "between": between, "gap": max(gaps, default=0)}

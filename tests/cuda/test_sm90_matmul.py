@@ -8,7 +8,7 @@ import pytest
 
 from tests.ptx_emulator import EVERY_SCHEDULE, TOGETHER, Schedule
 
-from .sm90 import STAGES, Case
+from .sm90 import STAGES, Case, kernel_text
 
 QUICK = (TOGETHER, Schedule("reversed", "late"))
 LAYER = Case(200, ((264, 136, 16),))  # ragged in every dimension; two row and two column tiles
@@ -16,24 +16,24 @@ MASKED = LAYER.but(direction="dx", p=0.3)
 
 CASES = [
     LAYER,
-    LAYER.but(split=True, bias=True, dtype="fp16"),
+    LAYER.but(split=True, bias=True, dtype="f16"),
     LAYER.but(p=0.3),
     LAYER.but(direction="dx"),
     MASKED,
     # one block of columns less, one block to a cluster
     Case(130, ((136, 200, 5),), block_n=128, cluster=1, bias=True),
-    Case(130, ((136, 72, 40),), block_n=128, cluster=1, direction="dx", dtype="fp16", clusters=3),
+    Case(130, ((136, 72, 40),), block_n=128, cluster=1, direction="dx", dtype="f16", clusters=3),
     Case(72, ((136, 72, 24),), block_n=128, direction="dx", p=0.1, clusters=1),
     # ranks of several stages and of several S tiles
     Case(72, ((72, 136, 200),), wide=True),
-    Case(72, ((72, 136, 100),), p=0.2, dtype="fp16"),
+    Case(72, ((72, 136, 100),), p=0.2, dtype="f16"),
     Case(72, ((72, 72, 136),), direction="dx", wide=True, block_n=128),
     Case(72, ((72, 72, 100),), direction="dx", p=0.5),
     # groups
     Case(72, ((264, 72, 8), (40, 72, 3), (64, 72, 16)), bias=True),
     Case(72, ((136, 72, 8), (40, 72, 20)), separate=True, p=0.2, block_n=128, clusters=1),
     Case(72, ((72, 72, 8), (72, 136, 16), (72, 64, 30)), direction="dx"),
-    Case(72, ((72, 72, 8), (72, 136, 16)), direction="dx", p=0.4, dtype="fp16"),
+    Case(72, ((72, 72, 8), (72, 136, 16)), direction="dx", p=0.4, dtype="f16"),
     # tiny
     Case(1, ((8, 8, 1),), bias=True, clusters=1),
     Case(1, ((8, 8, 1),), direction="dx", cluster=1, clusters=1),
@@ -75,6 +75,14 @@ def test_every_phase_of_the_ring(block_n: int) -> None:
         Case(100, sizes, cluster=1, clusters=1, block_n=block_n).run(QUICK[1]).check()
 
 
+def test_nothing_is_touched_before_the_kernel_before_is_done() -> None:
+    """Programmatic dependent launch: griddepcontrol.wait comes first."""
+    case = LAYER.but(sizes=((72, 72, 16),), bias=True, p=0.3)
+    case.run(dependent=True).check()
+    text = kernel_text(case.kernel).replace("griddepcontrol.wait;", "")
+    assert case.run(dependent=True, text=text).report.kinds() == {"dependent-launch"}
+
+
 def test_scale_zero_when_everything_is_dropped() -> None:
     for direction in ("forward", "dx"):
         outcome = Case(40, ((72, 72, 16),), direction, p=1.0, clusters=1).run().check()
@@ -99,7 +107,7 @@ def test_sweep(shape: tuple[int, int, int], rank: int) -> None:
     M, columns, depth = shape
     for direction, p, split in product(("forward", "dx"), (0.0, 0.25), (False, True)):
         wide = rank > 192 and not (p and direction == "forward")
-        for dtype, block_n in (("bf16", 256), ("fp16", 128)):
+        for dtype, block_n in (("bf16", 256), ("f16", 128)):
             case = Case(
                 M, ((columns, depth, rank),), direction, dtype, block_n, split, wide and not split,
                 p=p, bias=direction == "forward", cluster=1 + (M > 128),

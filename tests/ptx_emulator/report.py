@@ -36,12 +36,15 @@ class Finding:
 
 @dataclass
 class Counters:
-    """Exact dynamic counts; filled only when counting is on."""
+    """Exact dynamic counts; filled only when counting is on.
+
+    buffer_bytes: by kind and number of the buffer, in the order in which the arguments name them."""
 
     warp_instructions: int = 0
     tensor_flops: int = 0
     barriers: int = 0
     global_bytes: Counter = field(default_factory=Counter)
+    buffer_bytes: Counter = field(default_factory=Counter)
     global_sectors: Counter = field(default_factory=Counter)
     compulsory_bytes: Counter = field(default_factory=Counter)
     shared_wavefronts: int = 0

@@ -28,6 +28,9 @@ class Traffic:
     def _global(self, kind: str, lanes: np.ndarray, at: np.ndarray, size: int) -> None:
         counters = self.machine.counters
         counters.global_bytes[kind] += len(at) * size
+        buffers = np.searchsorted(self.machine.memory.starts, at, side="right") - 1
+        for buffer, count in zip(*np.unique(buffers, return_counts=True), strict=True):
+            counters.buffer_bytes[kind, int(buffer)] += int(count) * size
         warp = lanes >> 5
         first, last = at // _SECTOR, (at + size - 1) // _SECTOR
         pairs = np.concatenate([np.stack([warp, first]), np.stack([warp, last])], axis=1)

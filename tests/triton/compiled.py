@@ -7,6 +7,7 @@ pickled requests and answers with pickled results.
 
 from __future__ import annotations
 
+import ast
 import atexit
 import functools
 import hashlib
@@ -64,7 +65,12 @@ class Request:
 
 
 # The files of each kernel, besides those of all.
-_FILES = {"matmul": ("matmul", "tiles"), "shrink": ("shrink",), "sum": ("shrink",), "reduce": ("reduce",)}
+_FILES = {
+    "matmul": ("matmul", "tiles"),
+    "shrink": ("shrink",),
+    "sum": ("shrink",),
+    "reduce": ("reduce",),
+}
 
 
 @functools.cache
@@ -73,8 +79,22 @@ def _sources(kernel: str) -> str:
     import triton
 
     files = [KERNELS / f"{name}.py" for name in (*_FILES[kernel], "dropout")]
-    text = "".join(path.read_text() for path in (*files, KERNELS.parent / "arguments.py"))
-    return hashlib.sha256(f"{triton.__version__} {text}".encode()).hexdigest()
+    code = "".join(_code(path) for path in (*files, KERNELS.parent / "arguments.py"))
+    return hashlib.sha256(f"{triton.__version__} {code}".encode()).hexdigest()
+
+
+def _code(path: Path) -> str:
+    """A source without comments, docstrings and layout."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [s for s in body if not _is_docstring(s)]  # type: ignore[attr-defined]
+    return ast.dump(tree)
+
+
+def _is_docstring(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
 @dataclass
@@ -93,10 +113,12 @@ class Compiled:
 
 
 def compile_kernel(request: Request) -> Compiled:
-    """Compile, or take the result of an earlier run."""
+    """Compile, or take the result of an earlier run. Failures are not kept."""
     file = CACHE / f"{request.kernel}-{request.target}-{request.key}.json"
     if not file.exists():
         result = _child().ask(request)
+        if result.error:
+            return result
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=CACHE, delete=False) as out:
             json.dump(asdict(result), out)
@@ -155,7 +177,7 @@ def _compile(request: Request) -> Compiled:
         kernel = getattr(launch.kernels(), request.kernel)
         made = kernel.warmup(*args, grid=(1,), **dict(request.constants), **options)
     except Exception as error:
-        return Compiled(error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
+        return Compiled(error=_reason(error))
     if request.target.startswith("gfx"):
         return _amd(made)
     result = _resources(made.asm["cubin"])
@@ -166,8 +188,15 @@ def _compile(request: Request) -> Compiled:
     return result
 
 
+def _reason(error: BaseException) -> str:
+    """The words of the innermost error: the outer ones quote the source around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
 class _NoDevice:
-    """A driver for a GPU that is not there: enough for Triton's launcher to specialise and compile."""
+    """A driver for a GPU that is not there: what Triton's launcher asks before it compiles."""
 
     def __init__(self, target: Any) -> None:
         self.target = target
@@ -227,7 +256,8 @@ def _resources(cubin: bytes) -> Compiled:
         listing = _output(tools / "nvdisasm", "-c", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    names = Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", listing, re.M))
+    opcode = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)"
+    names = Counter(re.findall(opcode, listing, re.M))
     sass: Counter[str] = Counter()
     for name, count in names.items():
         sass[name.split(".")[0]] += count
@@ -236,7 +266,8 @@ def _resources(cubin: bytes) -> Compiled:
 
 
 def _output(*command: Any) -> str:
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 def _amd(made: Any) -> Compiled:

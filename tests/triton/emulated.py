@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from lora_fused.backends.triton import launch
-from tests.ptx_emulator import Offset, Report, Schedule, TensorMap, Uninitialised, parse, run
+from tests.ptx_emulator import (
+    TOGETHER,
+    Offset,
+    Report,
+    Schedule,
+    TensorMap,
+    Uninitialised,
+    parse,
+    run,
+)
 from tests.triton.compiled import Compiled, Map, Pointer, Request, compile_kernel
 
 DEFAULT_OPTIONS = {"num_warps": 4, "num_stages": 3}
@@ -44,6 +53,13 @@ class Launch:
     compiled: Compiled
     grid: tuple[int, ...]
     report: Report | None = None
+    buffers: list[int] = field(default_factory=list)
+
+    def bytes(self, kind: str, t: Tensor) -> int:
+        """Bytes that the launch loaded from or stored to the memory of a tensor."""
+        assert self.report is not None
+        at = self.buffers.index(_storage(t)[0])
+        return int(self.report.counters.buffer_bytes[kind, at])
 
 
 @dataclass
@@ -51,7 +67,7 @@ class Emulation:
     """Which GPU, which schedule, and all launches so far."""
 
     target: str
-    schedule: Schedule = Schedule()
+    schedule: Schedule = TOGETHER
     counters: bool = False
     execute: bool = True
     launches: list[Launch] = field(default_factory=list)
@@ -60,7 +76,7 @@ class Emulation:
 @contextlib.contextmanager
 def emulated(
     target: str,
-    schedule: Schedule = Schedule(),
+    schedule: Schedule = TOGETHER,
     counters: bool = False,
     execute: bool = True,
 ) -> Iterator[Emulation]:
@@ -90,13 +106,13 @@ class _Kernel:
         seen = (seen_by_compiler(args[0]), *(17 for _ in args[1:]))
         request = Request(self.name, seen, constants, self.emulation.target, **options)
         compiled = compile_kernel(request)
-        assert not compiled.error, f"{request}: {compiled.error}"
+        assert not compiled.error, f"{self.name}, {request.target}: {compiled.error}"
         done = Launch(request, compiled, grid)
         self.emulation.launches.append(done)
         if self.emulation.execute:
             outputs = _outputs(self.name, args, kwargs)
             values = [*_flat(args[0]), *args[1:]]
-            done.report = _execute(compiled, grid, values, outputs, self.emulation)
+            done.report, done.buffers = _execute(compiled, grid, values, outputs, self.emulation)
 
 
 def _flat(args: tuple[Any, ...]) -> list[Any]:
@@ -154,7 +170,7 @@ def _execute(
     values: list[Any],
     outputs: set[int],
     emulation: Emulation,
-) -> Report:
+) -> tuple[Report, list[int]]:
     buffers, maps = _Buffers(outputs), iter(compiled.descriptors)
     args: list[Any] = []
     for value in values:
@@ -175,7 +191,7 @@ def _execute(
         schedule=emulation.schedule,
         counters=emulation.counters,
     )
-    return report.check()
+    return report.check(), list(buffers.arrays)
 
 
 def compiled_name(compiled: Compiled) -> str:

@@ -8,6 +8,7 @@ lora_fused/backends/triton/resources.py. Without a GPU; about a quarter of an ho
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +31,10 @@ SHARED_LIMIT = {
     "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10, "gfx950": 160 << 10,
 }  # fmt: skip
 REGISTER_LIMIT = {name: 512 if name in AMD else 255 for name in TARGETS}
-HEADER = '''"""What the compiled kernels need: (bytes of shared memory per block, registers per thread).
+HEADER = '''"""What the compiled kernels need: (shared bytes of a block, registers of a thread).
 
-Written by `python -m tests.triton.shipped` from the output of Triton {version}; do not edit. The larger
-of the values with and without dropout. tests/triton/test_shipped.py compiles again and compares.
+Written by `python -m tests.triton.shipped` from the output of Triton {version}; do not edit. The
+larger of the values with and without dropout. tests/triton/test_shipped.py compiles again.
 """
 
 RESOURCES: dict[str, tuple[int, int]] = {{
@@ -53,30 +54,36 @@ def _compile(choice: Shipped, sizes: tuple[int, int, int], dropout_p: float) -> 
     """Launch the operation on the host without running it."""
     M, K, N = sizes
     R = choice.tiles.block_r or 64
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = choice.kind == "tf32"
     case = make_case(M, K, N, R, DTYPES[choice.kind], bias=True, dropout_p=dropout_p)
     route = route_of(case, choice.strategy, **{choice.operation: choice.tiles})
     mask = Mask(case.seed, 1 << 14) if dropout_p else None
     x, w, a, b, dy, s = case.x, case.weight, case.lora_A, case.lora_B, case.dy, torch.zeros(M, R)
     s = s.to(x.dtype)
-    try:
-        with emulated(choice.target, execute=False) as emulation:
-            if choice.operation == "shrink":
-                triton.shrink(route, x, a, 1.0, mask)
-            elif choice.operation == "reduce":
-                triton.reduce_pair(route, s, x, mask, a.dtype, dy, s, b.dtype)
-            elif choice.strategy != "split":
-                forward = choice.operation == "forward"
-                given = (x, w, a, b, 1.0, case.bias) if forward else (dy, w, b, a, 1.0)
-                triton.shrink_matmul(route, choice.operation, *given)
-            elif choice.operation == "forward":
-                triton.matmul(route, "forward", x, w, s, b, case.bias)
-            else:
-                triton.matmul(route, "dx", dy, w, s, a, mask=mask)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+    with allowing_tf32(choice.kind == "tf32"), emulated(choice.target, execute=False) as emulation:
+        if choice.operation == "shrink":
+            triton.shrink(route, x, a, 1.0, mask)
+        elif choice.operation == "reduce":
+            triton.reduce_pair(route, s, x, mask, a.dtype, dy, s, b.dtype)
+        elif choice.strategy != "split":
+            forward = choice.operation == "forward"
+            given = (x, w, a, b, 1.0, case.bias) if forward else (dy, w, b, a, 1.0)
+            triton.shrink_matmul(route, choice.operation, *given)
+        elif choice.operation == "forward":
+            triton.matmul(route, "forward", x, w, s, b, case.bias)
+        else:
+            triton.matmul(route, "dx", dy, w, s, a, mask=mask)
     return emulation.launches[0].compiled
+
+
+@contextlib.contextmanager
+def allowing_tf32(allowed: bool) -> Iterator[None]:
+    """torch.backends.cuda.matmul.allow_tf32 for a while."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def resources(choice: Shipped) -> tuple[int, int]:

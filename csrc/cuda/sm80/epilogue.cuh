@@ -26,7 +26,7 @@ struct Store {
   const Output& y;
   const void* bias;
   int rows, cols;  // M and N
-  bool by_elements;
+  bool by_elements, accumulate;
 
   LORA_FUSED_DEVICE T* at(int row, int col) const {
     return static_cast<T*>(y.data) + row * y.row_stride + (kStrided ? col * y.col_stride : col);
@@ -34,6 +34,11 @@ struct Store {
 
   LORA_FUSED_DEVICE float bias_of(int col) const {
     return bias && col < cols ? Numeric<T>::to_float(static_cast<const T*>(bias)[col]) : 0.f;
+  }
+
+  // What is added to the product at (row, col) before it is rounded, besides the bias.
+  LORA_FUSED_DEVICE float old(int row, int col) const {
+    return accumulate && row < rows && col < cols ? Numeric<T>::to_float(*at(row, col)) : 0.f;
   }
 
   // Eight 16-bit values of a row, from column `col`.
@@ -80,19 +85,24 @@ LORA_FUSED_DEVICE void store_tile(const Store<T, kStrided>& store, const float (
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int at_row = row + i * 16 + g + 8 * half;
-        if constexpr (sizeof(T) == 2) {
-          std::uint32_t v[4];
+        float v[4][2];
 #pragma unroll
-          for (int n = 0; n < 4; ++n)
-            v[n] =
-                Numeric<T>::pack(c[i][j + n][2 * half] + bias[n][0], c[i][j + n][2 * half + 1] + bias[n][1]);
-          transpose_quad(v, lane);
-          store.eight(at_row, col + (j + t) * 8, v);
+        for (int n = 0; n < 4; ++n)
+          for (int e = 0; e < 2; ++e)
+            v[n][e] =
+                c[i][j + n][2 * half + e] + bias[n][e] + store.old(at_row, col + (j + n) * 8 + 2 * t + e);
+        if constexpr (sizeof(T) == 2) {
+          std::uint32_t packed[4];
+#pragma unroll
+          for (int n = 0; n < 4; ++n) packed[n] = Numeric<T>::pack(v[n][0], v[n][1]);
+          transpose_quad(packed, lane);
+          // NOTE: a shuffle does not order memory: lanes read the old values that others of their quad
+          // overwrite.
+          if (store.accumulate) __syncwarp();
+          store.eight(at_row, col + (j + t) * 8, packed);
         } else {
 #pragma unroll
-          for (int n = 0; n < 4; ++n)
-            store.two(at_row, col + (j + n) * 8 + 2 * t, c[i][j + n][2 * half] + bias[n][0],
-                      c[i][j + n][2 * half + 1] + bias[n][1]);
+          for (int n = 0; n < 4; ++n) store.two(at_row, col + (j + n) * 8 + 2 * t, v[n][0], v[n][1]);
         }
       }
   }

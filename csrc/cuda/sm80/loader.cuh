@@ -25,7 +25,7 @@ LORA_FUSED_DEVICE int blocks_of(int length, int block) { return (length + block 
 
 // S tiles have the first tickets, so that a block waits only for work that has been started.
 template <class Tile>
-LORA_FUSED_DEVICE void decode_ticket(const MatmulLaunch& args, int ticket, Work& work) {
+LORA_FUSED_DEVICE void decode_ticket(const MatmulArgs& args, int ticket, Work& work) {
   const int shrink_tiles = args.tiles_m * args.chunks, tiles_n = args.member[args.members - 1].tiles_end;
   const int tile = ticket - shrink_tiles;
   work.member = tile < 0 ? Work::kShrink : tile < args.tiles_m * tiles_n ? 0 : Work::kNone;
@@ -48,11 +48,11 @@ LORA_FUSED_DEVICE void decode_ticket(const MatmulLaunch& args, int ticket, Work&
     work.tail_blocks = blocks_of(work.rank, Tile::BLOCK_K);
   }
   work.row0 = work.tile_m * Tile::BLOCK_M;
-  work.tail_begin = args.mask_output && args.threshold > 0 ? 0 : work.main_blocks;
+  work.tail_begin = work.tail_blocks > 0 && args.mask_output && args.threshold > 0 ? 0 : work.main_blocks;
 }
 
 // The member that owns a stacked rank, or the one before it if the rank is padding between two.
-LORA_FUSED_DEVICE int member_of_rank(const MatmulLaunch& args, int rank) {
+LORA_FUSED_DEVICE int member_of_rank(const MatmulArgs& args, int rank) {
   int member = 0;
   while (member + 1 < args.members && rank >= args.member[member + 1].rank_begin) ++member;
   return member;
@@ -67,7 +67,7 @@ struct Loader {
   using PartW = std::conditional_t<Tile::kTransposed, Part<BLOCK_K, Tile::kWideBytes, kThreads, kSize, true>,
                                    Part<Tile::BLOCK_N, Tile::kRowBytes, kThreads, kSize, false>>;
 
-  const MatmulLaunch& args;
+  const MatmulArgs& args;
   const std::uint32_t shared;
   const Work* work;
   int block;      // the one that is copied next
@@ -75,8 +75,7 @@ struct Loader {
   int k_left;     // of the contraction, from the next main block on
   const char *x, *w;  // this thread's first chunks of the next main block
 
-  LORA_FUSED_DEVICE Loader(const MatmulLaunch& arguments, std::uint32_t base)
-      : args(arguments), shared(base) {}
+  LORA_FUSED_DEVICE Loader(const MatmulArgs& arguments, std::uint32_t base) : args(arguments), shared(base) {}
 
   // s is computed by this launch, and the next block is the first that needs it.
   LORA_FUSED_DEVICE bool needs_s() const {

@@ -28,13 +28,13 @@ struct Matmul {
   static constexpr int kFragsM = Tile::kFragsM, kFragsN = Tile::kFragsN, kSteps = Tile::kSteps;
   static constexpr int kPairsN = kFragsN / 2, kStages = Tile::kStages;
 
-  const MatmulLaunch& args;
+  const MatmulArgs& args;
   const std::uint32_t shared;
   const int lane, warp;
   Loader<Tile> loader;
   int slot = 0;  // the stage that is read next
 
-  LORA_FUSED_DEVICE Matmul(const MatmulLaunch& arguments, std::uint32_t base)
+  LORA_FUSED_DEVICE Matmul(const MatmulArgs& arguments, std::uint32_t base)
       : args(arguments),
         shared(base),
         lane(threadIdx.x % 32),
@@ -48,18 +48,17 @@ struct Matmul {
   // ---- tickets ------------------------------------------------------------------------------------------
 
   LORA_FUSED_DEVICE void take_ticket(Work& work) {
-    if (threadIdx.x == 0) decode_ticket<Tile>(args, ptx::atom_add_acq_rel(args.workspace + kTicket, 1), work);
+    if (threadIdx.x == 0) decode_ticket<Tile>(args, ptx::atom_add_acq_rel(args.words + kTicket, 1), work);
   }
 
   // The last block to leave puts the workspace back to zero for the next launch.
   LORA_FUSED_DEVICE void leave() {
     __shared__ bool last;
-    if (threadIdx.x == 0) last = ptx::atom_add_acq_rel(args.workspace + kLeft, 1) == gridDim.x - 1;
+    if (threadIdx.x == 0) last = ptx::atom_add_acq_rel(args.words + kLeft, 1) == gridDim.x - 1;
     __syncthreads();
     if (!last) return;
     const int words = kFlags + (args.chunks > 0 ? args.tiles_m : 0);
-    for (int i = threadIdx.x; i < words; i += Tile::kThreads)
-      if (i != kError) ptx::st_relaxed(args.workspace + i, 0);
+    for (int i = threadIdx.x; i < words; i += Tile::kThreads) ptx::st_relaxed(args.words + i, 0);
   }
 
   // ---- the pipeline -------------------------------------------------------------------------------------
@@ -68,7 +67,7 @@ struct Matmul {
   // but this one relies on it.
   LORA_FUSED_DEVICE void wait_for_s() {
     if (loader.needs_s() && threadIdx.x == 0)
-      wait_flag(args.workspace + kFlags + loader.work->tile_m, args.chunks, args.workspace + kError);
+      wait_flag(args.words + kFlags + loader.work->tile_m, args.chunks, args.error);
   }
 
   // Fill all stages but one with the first blocks of a tile.
@@ -203,8 +202,8 @@ struct Matmul {
     begin(&next);
     const int thread = ptx::opaque(threadIdx.x), w = thread / 32;
     const Member& member = args.member[work.member];
-    const Store<T, Tile::kByElements> store = {member.y, member.bias, args.M, work.cols,
-                                               member.y_by_elements != 0};
+    const Store<T, Tile::kByElements> store = {
+        member.y, member.bias, args.M, work.cols, member.y_by_elements != 0, args.accumulate != 0};
     store_tile(store, c, work.row0 + warp_row(w), work.col0 + warp_col(w), thread % 32);
   }
 
@@ -215,8 +214,9 @@ struct Matmul {
     const int thread = ptx::opaque(threadIdx.x), warp = thread / 32, lane = thread % 32;
     const int row = warp % Tile::kShrinkWarpsM * kShrinkFragsM * 16, pair0 = warp / Tile::kShrinkWarpsM;
     const bool masked = args.threshold > 0 && !args.mask_output;
+    const Member& first = args.member[member_of_rank(args, work.col0)];
     Mask mask = {};
-    if (masked) mask = mask_of(args.member[member_of_rank(args, work.col0)], args.D);
+    if (masked) mask = mask_of(first, args.D);
     float c[kShrinkFragsM][2 * kShrinkPairsN][4] = {};
 #pragma unroll 1
     for (int k0 = 0; k0 < args.D; k0 += Tile::BLOCK_K) {
@@ -247,11 +247,11 @@ struct Matmul {
       }
       advance();
     }
-    store_shrunk<T, kShrinkFragsM, kShrinkPairsN>(args.s, c, args.scale, work.row0 + row, args.M,
+    store_shrunk<T, kShrinkFragsM, kShrinkPairsN>(args.s, c, first.scale, work.row0 + row, args.M,
                                                   work.col0 + pair0 * 16, work.col0 + work.cols,
                                                   Tile::kShrinkWarpsN * 16, lane);
     __syncthreads();
-    if (threadIdx.x == 0) ptx::red_add_release(args.workspace + kFlags + work.tile_m, 1);
+    if (threadIdx.x == 0) ptx::red_add_release(args.words + kFlags + work.tile_m, 1);
     begin(&next);
   }
 
@@ -259,6 +259,7 @@ struct Matmul {
   // takes the ticket after the next.
   LORA_FUSED_DEVICE void run() {
     __shared__ Work works[3];
+    ptx::griddepcontrol_wait();
     take_ticket(works[0]);
     __syncthreads();
     begin(&works[0]);
@@ -278,7 +279,7 @@ struct Matmul {
 };
 
 template <class Tile>
-LORA_FUSED_DEVICE void matmul(const MatmulLaunch& args) {
+LORA_FUSED_DEVICE void matmul(const MatmulArgs& args) {
   extern __shared__ __align__(128) std::uint8_t stages[];
   Matmul<Tile>(args, ptx::shared_address(stages)).run();
 }

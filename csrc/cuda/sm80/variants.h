@@ -11,8 +11,6 @@
 #define LORA_FUSED_SM80_VARIANTS_16BIT(X, MATH, T) \
   X(MATH, T, 128, 256, 32, 2, 4, 4, 1, k_major)    \
   X(MATH, T, 128, 256, 32, 2, 4, 4, 1, mn_major)   \
-  X(MATH, T, 128, 256, 64, 2, 4, 3, 1, k_major)    \
-  X(MATH, T, 128, 256, 64, 2, 4, 3, 1, mn_major)   \
   X(MATH, T, 128, 128, 32, 2, 2, 3, 2, k_major)    \
   X(MATH, T, 128, 128, 32, 2, 2, 3, 2, mn_major)   \
   X(MATH, T, 64, 128, 32, 2, 2, 4, 2, k_major)     \
@@ -20,6 +18,11 @@
   X(MATH, T, 32, 64, 64, 2, 2, 4, 3, k_major)      \
   X(MATH, T, 32, 64, 64, 2, 2, 4, 3, mn_major)     \
   X(MATH, T, 64, 128, 32, 2, 2, 2, 2, any)
+
+#define LORA_FUSED_SM80_VARIANTS_BF16(X, MATH, T) \
+  LORA_FUSED_SM80_VARIANTS_16BIT(X, MATH, T)      \
+  X(MATH, T, 128, 256, 64, 2, 4, 3, 1, k_major)   \
+  X(MATH, T, 128, 256, 64, 2, 4, 3, 1, mn_major)
 
 #define LORA_FUSED_SM80_VARIANTS_32BIT(X, MATH, T) \
   X(MATH, T, 128, 128, 16, 2, 4, 4, 1, k_major)    \

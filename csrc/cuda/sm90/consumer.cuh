@@ -18,7 +18,7 @@ template <class G>
 struct Consumer {
   using T = typename G::T;
 
-  const Sm90MatmulArgs& args;
+  const MatmulArgs& args;
   const Shared<G>& shared;
   const int thread = threadIdx.x % 128, warp = threadIdx.x / 32;
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
@@ -106,7 +106,7 @@ struct Consumer {
         add_ranks(accum, args.member[i]);
       }
     }
-    const cuda::Sm90Member& member = args.member[owner];
+    const Member& member = args.member[owner];
     const Destination to{&args.y[owner], member.bias, 1.f, int(args.rows), member.columns};
     const int column = (tile.column - (G::kForward ? member.first_tile : 0)) * G::BLOCK_N;
     store_rows<G>(accum, to, first_row(tile), column, shared.staging(warp));
@@ -116,8 +116,8 @@ struct Consumer {
   LORA_FUSED_DEVICE void shrink_tile(Tile tile) {
     const int number = -1 - tile.column, index = number / args.shrink_passes;
     const int column = number % args.shrink_passes * args.shrink_blocks * 64;
-    const cuda::Sm90Member& member = args.member[index];
-    const Destination to{&args.s_out[index], nullptr, args.scale, int(args.rows), int(member.shrink_rank)};
+    const Member& member = args.member[index];
+    const Destination to{&args.s_out[index], nullptr, member.scale, int(args.rows), int(member.shrink_rank)};
     if (uniform(args.shrink_blocks) > 1) {
       float accum[G::kAccumulators];
       contract<G::BLOCK_N>(accum, uniform(member.depth_blocks));
@@ -139,7 +139,7 @@ struct Consumer {
     finish_stores();
     ptx::fence_proxy_async_global();
     ptx::bar_sync(1 + group, 128);
-    if (thread == 0) ptx::red_add_release(args.workspace + cuda::kSm90Words + tile.row * blocks + rank, 1);
+    if (thread == 0) ptx::red_add_release(args.words + kFlags + tile.row * blocks + rank, 1);
   }
 
   // ---- sums ---------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ struct Consumer {
   }
 
   // accum += s b^T, 64 ranks a stage.
-  LORA_FUSED_DEVICE void add_ranks(float (&accum)[G::kAccumulators], const cuda::Sm90Member& member) {
+  LORA_FUSED_DEVICE void add_ranks(float (&accum)[G::kAccumulators], const Member& member) {
     for (int r = 0; r < int(member.rank); r += 64, stage.next()) {
       wait_barrier(shared.full(stage.index), stage.parity);
       multiply_ranks<G::BLOCK_N>(accum, steps_of(member, r), true);
@@ -170,13 +170,12 @@ struct Consumer {
   }
 
   // Steps of 16 ranks in the stage that begins at rank r.
-  static LORA_FUSED_DEVICE int steps_of(const cuda::Sm90Member& member, int r) {
+  static LORA_FUSED_DEVICE int steps_of(const Member& member, int r) {
     return (min(int(member.rank) - r, 64) + 15) / 16;
   }
 
   // accum += keep * (s b^T): 64 columns at a time through registers of their own.
-  LORA_FUSED_DEVICE void add_masked_ranks(float (&accum)[G::kAccumulators], const cuda::Sm90Member& member,
-                                          Tile tile) {
+  LORA_FUSED_DEVICE void add_masked_ranks(float (&accum)[G::kAccumulators], const Member& member, Tile tile) {
     const Keep keep(member.mask);
     for (int r = 0; r < int(member.rank); r += 64, stage.next()) {
       wait_barrier(shared.full(stage.index), stage.parity);
@@ -193,7 +192,7 @@ struct Consumer {
   }
 
   // As contract(), with x through registers, where the elements that dropout takes become zero.
-  LORA_FUSED_DEVICE void contract_masked(float (&d)[32], const cuda::Sm90Member& member, int row) {
+  LORA_FUSED_DEVICE void contract_masked(float (&d)[32], const Member& member, int row) {
     const Keep keep(member.mask);
     for (int k = 0; k < uniform(member.depth_blocks); ++k, stage.next()) {
       const std::uint32_t kept = keep.fragment(row, k * 64);

@@ -28,7 +28,7 @@ namespace lora_fused::sm90 {
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
 template <class G>
-LORA_FUSED_DEVICE void matmul(const Sm90MatmulArgs& args) {
+LORA_FUSED_DEVICE void matmul(const MatmulArgs& args) {
   extern __shared__ std::uint8_t memory[];
   const Shared<G> shared{(ptx::shared_address(memory) + 1023) & ~1023u};
 

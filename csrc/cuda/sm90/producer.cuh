@@ -15,7 +15,7 @@ namespace lora_fused::sm90 {
 
 template <class G>
 struct Producer {
-  const Sm90MatmulArgs& args;
+  const MatmulArgs& args;
   const Shared<G>& shared;
   const std::uint32_t rank = ptx::cluster_rank(), blocks = ptx::cluster_size();
   Ring<G::kStages> stage{};
@@ -88,9 +88,8 @@ struct Producer {
 
   // Both warpgroups of every S tile of these rows have posted.
   LORA_FUSED_DEVICE void wait_for_s(Tile tile) const {
-    const std::uint32_t* flag = args.workspace + cuda::kSm90Words + tile.row * blocks + rank;
-    wait_flag(flag, G::kConsumers * args.shrink_members * args.shrink_passes,
-              args.workspace + cuda::kSm90Error);
+    const std::uint32_t* flag = args.words + kFlags + tile.row * blocks + rank;
+    wait_flag(flag, G::kConsumers * args.shrink_members * args.shrink_passes, args.error);
     ptx::fence_proxy_async_global();
   }
 

@@ -10,8 +10,6 @@
 
 namespace lora_fused::sm90 {
 
-using cuda::Sm90MatmulArgs;
-
 // Row tile (of the cluster) and column tile; column < 0: the S tile number -1 - column. row < 0: no more
 // work.
 struct Tile {
@@ -21,7 +19,7 @@ struct Tile {
 // Column tiles are visited for 8 row tiles at a time: together these share what they read through L2.
 constexpr int kRasterRows = 8;
 
-LORA_FUSED_DEVICE Tile tile_of(const Sm90MatmulArgs& args, std::uint32_t ticket) {
+LORA_FUSED_DEVICE Tile tile_of(const MatmulArgs& args, std::uint32_t ticket) {
   const std::uint32_t shrink_tiles = args.shrink_members * args.shrink_passes;
   if (ticket < args.row_tiles * shrink_tiles) {
     return {int(ticket / shrink_tiles), -1 - int(ticket % shrink_tiles)};
@@ -34,9 +32,9 @@ LORA_FUSED_DEVICE Tile tile_of(const Sm90MatmulArgs& args, std::uint32_t ticket)
   return {group * kRasterRows + inside % rows, inside / rows};
 }
 
-LORA_FUSED_DEVICE std::uint32_t take_ticket(const Sm90MatmulArgs& args, std::uint32_t clusters) {
+LORA_FUSED_DEVICE std::uint32_t take_ticket(const MatmulArgs& args, std::uint32_t clusters) {
   const std::uint32_t tiles = args.row_tiles * (args.shrink_members * args.shrink_passes + args.column_tiles);
-  return ptx::atom_inc_acq_rel(args.workspace + cuda::kSm90Ticket, tiles + clusters - 1);
+  return ptx::atom_inc_acq_rel(args.words + kTicket, tiles + clusters - 1);
 }
 
 // Tells every block of the cluster its next tile. NOTE: the slot is free: its last tile began at least
@@ -56,21 +54,21 @@ LORA_FUSED_DEVICE Tile announced_tile(const Shared<G>& shared, int slot) {
 }
 
 // The member of a group that owns a column tile of y.
-LORA_FUSED_DEVICE int member_of(const Sm90MatmulArgs& args, int column) {
+LORA_FUSED_DEVICE int member_of(const MatmulArgs& args, int column) {
   return (column >= args.member[1].first_tile) + (column >= args.member[2].first_tile);
 }
 
 // Puts the flags back to zero once every block of the grid has read those it needed. One warp.
-LORA_FUSED_DEVICE void leave(const Sm90MatmulArgs& args) {
+LORA_FUSED_DEVICE void leave(const MatmulArgs& args) {
   std::uint32_t before = 0;
   const int lane = threadIdx.x % 32;
-  if (lane == 0) before = ptx::atom_inc_acq_rel(args.workspace + cuda::kSm90Left, gridDim.x - 1);
+  if (lane == 0) before = ptx::atom_inc_acq_rel(args.words + kLeft, gridDim.x - 1);
   before = __shfl_sync(0xffffffffu, before, 0);
   __syncwarp();  // what lane 0 acquired is known to all lanes
   if (before != gridDim.x - 1) return;
   const int flags = args.row_tiles * ptx::cluster_size();
   for (int i = lane; i < flags; i += 32) {
-    ptx::st_relaxed(args.workspace + cuda::kSm90Words + i, 0);
+    ptx::st_relaxed(args.words + kFlags + i, 0);
   }
 }
 

@@ -1,7 +1,7 @@
 // Sizes of a block's work and where its parts lie in shared memory.
 #pragma once
 
-#include "../arguments.h"
+#include "arguments.h"
 #include "wgmma.cuh"
 
 namespace lora_fused::sm90 {

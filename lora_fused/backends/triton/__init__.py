@@ -17,13 +17,13 @@ from torch import Tensor
 from lora_fused.backends import torch_ops
 from lora_fused.backends.torch_ops import flatten
 from lora_fused.backends.triton import launch
-from lora_fused.backends.triton.candidates import candidates, default_tiles
+from lora_fused.backends.triton.candidates import candidates, default_tiles, target_of
 from lora_fused.backends.triton.group import group_backward, group_forward
 from lora_fused.config import Mask, Problem, Route
 
 __all__ = [
-    "candidates", "group_backward", "group_forward", "matmul", "not_supported_reasons", "reduce", "reduce_pair", "shrink",
-    "shrink_matmul", "shrink_reduce", "takes_wide_adapters",
+    "candidates", "group_backward", "group_forward", "matmul", "not_supported_reasons", "reduce",
+    "reduce_pair", "shrink", "shrink_matmul", "shrink_reduce", "takes_wide_adapters",
 ]  # fmt: skip
 
 MIN_VERSION = (3, 4)
@@ -45,9 +45,8 @@ def not_supported_reasons(problem: Problem) -> list[str]:
             reasons.append("the tensors are on the cpu and TRITON_INTERPRET is not set")
     elif problem.device_type != "cuda":
         reasons.append(f"the tensors are on {problem.device_type}")
-    elif problem.device is not None and problem.device.kind == "cuda":
-        if problem.device.capability < 80:
-            reasons.append(f"the kernels need sm_80 or later, not sm_{problem.device.capability}")
+    elif problem.device is not None and not target_of(problem.device):
+        reasons.append(f"no kernels are compiled and tested for {problem.device}")
     if problem.dtype not in DTYPES:
         name = str(problem.dtype).removeprefix("torch.")
         reasons.append(f"there are no Triton kernels for {name}")
@@ -102,7 +101,7 @@ def matmul(
     packed: object = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See torch_ops.matmul. `library` is torch's GEMM; only its masked rank-R term comes from here."""
+    """See torch_ops.matmul. `library` is torch's GEMM, with our masked rank-R term at most."""
     strategy = route.config.forward if direction == "forward" else route.config.dx
     if strategy == "split":
         return _matmul(route, direction, x, weight, None, s, adapter, 1.0, bias, mask, out)

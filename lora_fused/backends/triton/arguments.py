@@ -1,7 +1,7 @@
 """The arguments of the kernels, one tuple per member of a launch; host and device share them.
 
 A launch serves one layer or several (q/k/v, gate/up): the kernels take a tuple of these. Strides
-are in elements and named tensor_s<dimension>. Triton compiles None and strides of 1 in as constants.
+are in elements and named tensor_s<dimension>. None and strides of 1 become constants.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Matmul(NamedTuple):
     """y [M, N] (+)= x [M, K] w [K, N] + mask ⊙ (s [M, R] l [R, N]) + bias [N].
 
     x, w and y are tensors or tensor descriptors. With a [R, K] the kernel makes s = scale · x aᵀ
-    itself and stores it. s and l are None for rank 0; a, bias and seed may be None. s and y have unit
-    stride along R and N.
+    itself and stores it. s and l are None for rank 0; a, bias and seed may be None. s and y have
+    unit stride along R and N.
     """
 
     x: Any

@@ -47,15 +47,20 @@ def _tile(m: int, n: int, k: int, warps: int, stages: int, flags: str = "", r: i
     return Tiles(m, n, k, r, warps, stages, descriptors="d" in flags, persistent="p" in flags)
 
 
+_STAND_IN = _tile(64, 128, 64, 4, 3)  # shipped wherever descriptors are
+
 # mma.sync: the accumulators live in registers, 128x256 is the most that 255 of them hold.
 _SYNC = [
     _tile(128, 256, 32, 8, 4),
     _tile(128, 128, 32, 8, 4),
-    _tile(64, 128, 64, 4, 3),
+    _STAND_IN,
     _tile(64, 64, 64, 4, 3),
 ]
+_MFMA = [_tile(256, 128, 32, 8, 2), _tile(128, 128, 64, 8, 2), _tile(64, 64, 64, 4, 2)]
 _SPLIT = {
-    **dict.fromkeys(("sm_80", "sm_86", "sm_89"), _SYNC),
+    "sm_80": _SYNC,
+    "sm_86": _SYNC,
+    "sm_89": _SYNC,
     "sm_120": [*_SYNC, _tile(128, 128, 32, 8, 4, "d")],
     # wgmma: persistent blocks overlap the store of a tile with the loads of the next.
     "sm_90": [
@@ -63,7 +68,7 @@ _SPLIT = {
         _tile(128, 128, 64, 8, 4, "dp"),
         _tile(64, 128, 64, 4, 4, "d"),
         _tile(128, 128, 64, 8, 4),
-        _tile(64, 128, 64, 4, 4),
+        _STAND_IN,
     ],
     # tcgen05; with 4 warps a 128x256 tile spills.
     "sm_100": [
@@ -71,16 +76,15 @@ _SPLIT = {
         _tile(128, 128, 64, 8, 4, "d"),
         _tile(64, 128, 64, 4, 4, "d"),
         _tile(128, 128, 64, 8, 4),
-        _tile(64, 128, 64, 4, 4),
+        _STAND_IN,
     ],
-    **dict.fromkeys(
-        AMD, [_tile(256, 128, 32, 8, 2), _tile(128, 128, 64, 8, 2), _tile(64, 64, 64, 4, 2)]
-    ),
+    "gfx942": _MFMA,
+    "gfx950": _MFMA,
 }
 _ONE_PASS = {
-    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), [_tile(128, 128, 32, 8, 3)]),
-    **dict.fromkeys(("sm_90", "sm_100"), [_tile(128, 128, 64, 8, 3, "d"), _tile(64, 128, 64, 4, 3)]),
-    **dict.fromkeys(AMD, [_tile(64, 64, 64, 4, 2)]),
+    **{target: (_tile(128, 128, 32, 8, 3),) for target in ("sm_80", "sm_86", "sm_89", "sm_120")},
+    **{target: (_tile(128, 128, 64, 8, 3, "d"), _STAND_IN) for target in ("sm_90", "sm_100")},
+    **{target: (_tile(64, 64, 64, 4, 2),) for target in AMD},
 }
 _FUSED_RANKS = (16, 64)
 _SKINNY_RANKS = (16, 64, 128)
@@ -94,27 +98,32 @@ def _half(target: str) -> list[Shipped]:
         found += [Shipped(operation, "split", t, target, "half") for t in _SPLIT[target]]
         for r in _FUSED_RANKS:
             decode = [_tile(16, 64, 128, 4, stages), _tile(16, 32, 128, 4, stages)]
-            for strategy, tiles in (("one_pass", _ONE_PASS[target]), ("decode", decode)):
+            for strategy, fused in (("one_pass", _ONE_PASS[target]), ("decode", decode)):
                 found += [
                     Shipped(operation, strategy, replace(t, block_r=r), target, "half")
-                    for t in tiles
+                    for t in fused
                 ]
     for r in _SKINNY_RANKS:
-        depth, warps = (128, 4) if r == 16 else (64, 8)
+        depth = 128 if r == 16 else 64
+        wide = r == 128 or (r == 64 and target in ("sm_90", "sm_100"))
         for m in (64, 16):
-            tiles = _tile(m, 0, depth, 4 if m == 16 else warps, stages, r=r)
+            tiles = _tile(m, 0, depth, 8 if m == 64 and wide else 4, stages, r=r)
             found.append(Shipped("shrink", "shrink", tiles, target, "half"))
-        found.append(Shipped("reduce", "reduce", _tile(64, 64, 0, warps, stages, r=r), target, "half"))
+        tiles = _tile(64, 64, 0, 4 if r == 16 else 8, stages, r=r)
+        found.append(Shipped("reduce", "reduce", tiles, target, "half"))
     return found
 
 
 def _single(target: str, kind: str) -> list[Shipped]:
     """Everything for fp32. IEEE products run outside the tensor cores."""
     stages = 2 if target in AMD else 3
-    tile = _tile(64, 64, 32, 8 if kind == "ieee" else 4, stages)
+    tile = _tile(64, 64, 32, 8 if target == "sm_100" else 4, stages)
+    if kind == "ieee":
+        tile = _tile(64, 64, 32, 8, 2 if target in ("sm_100", "sm_120") else stages)
     found = [Shipped(operation, "split", tile, target, kind) for operation in ("forward", "dx")]
     for r in (16, 64):
-        shrink, reduce = _tile(32, 0, 32, 4, stages, r=r), _tile(32, 32, 0, 4, stages, r=r)
+        warps = 8 if kind == "tf32" and r == 64 else 4
+        shrink, reduce = _tile(32, 0, 32, warps, stages, r=r), _tile(32, 32, 0, 4, stages, r=r)
         found.append(Shipped("shrink", "shrink", shrink, target, kind))
         found.append(Shipped("reduce", "reduce", reduce, target, kind))
     return found
@@ -132,7 +141,7 @@ SHIPPED: list[Shipped] = [
 
 
 def candidates(problem: Problem, device: Device, operation: str) -> list[Candidate]:
-    """The legal ways to run "forward", "dx", "shrink" or "reduce"; empty where none was compiled."""
+    """The legal ways to run "forward", "dx", "shrink" or "reduce"; none for an unknown target."""
     found = []
     for choice in _choices(target_of(device), kind_of(problem.dtype), operation):
         shared, registers = RESOURCES[str(choice)]
@@ -233,7 +242,7 @@ def skinny_block(R: int, kind: str = "half") -> int:
 
 
 def default_tiles(problem: Problem, operation: str) -> Tiles:
-    """Tiles for a part that was given none: the first legal ones, or small ones that run anywhere."""
+    """Tiles for a part that was given none: the first legal ones, or small ones."""
     if problem.device is not None:
         for candidate in candidates(problem, problem.device, operation):
             if candidate.strategy in ("split", operation):
@@ -247,8 +256,8 @@ def default_tiles(problem: Problem, operation: str) -> Tiles:
 
 
 def tiles_without_descriptors(tiles: Tiles) -> Tiles:
-    """What stands in for tiles whose tensors TMA turns out not to reach: at most 128 columns."""
-    return replace(tiles, block_n=min(tiles.block_n, 128), descriptors=False, persistent=False)
+    """What stands in for tiles whose tensors TMA turns out not to reach."""
+    return replace(_STAND_IN, block_r=tiles.block_r)
 
 
 def _power_of_two(n: int) -> int:

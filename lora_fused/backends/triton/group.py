@@ -1,8 +1,8 @@
 """The hooks of lora_fused/group_hook.py: q/k/v or gate/up on one x, each step in one launch.
 
 Forward: one launch that makes the stacked s (the blocks of all members on the same rows of x are
-neighbours, so that memory is read once) and one for all y; or one launch for everything. Backward: one
-for the ds, one for dx (summed over the members in registers), one for all da and db.
+neighbours, so that memory is read once) and one for all y; or one launch for everything.
+Backward: one for the ds, one for dx (summed over the members in registers), one for all da and db.
 """
 
 from __future__ import annotations
@@ -37,13 +37,11 @@ def group_forward(
                 torch.addmm(m.bias, rows, m.weight.t(), out=y2)
             y2.addmm_(p, m.lora_B.t())
         return ys, s
-    packed = [
-        launch.matmul_member(
-            rows, m.weight.t(), flatten(y), p, m.lora_B.t(),
-            m.lora_A if strategy in FUSED_STRATEGIES else None, m.scale, m.bias,
-        )  # fmt: skip
-        for m, p, y in zip(members, parts, ys, strict=True)
-    ]
+    packed = []
+    for m, p, y in zip(members, parts, ys, strict=True):
+        a = m.lora_A if strategy in FUSED_STRATEGIES else None
+        operands = rows, m.weight.t(), flatten(y), p, m.lora_B.t(), a
+        packed.append(launch.matmul_member(*operands, m.scale, m.bias))
     launch.matmul(_tiles(route, "forward"), packed, summed=False)
     return ys, s
 
@@ -83,13 +81,11 @@ def _input_gradient(
             for m, p in _zip(members, parts):
                 flatten(dx).addmm_(p, m.lora_A)
             return dx
-    packed = [
-        launch.matmul_member(
-            None if library else dy, m.weight, flatten(dx), p, m.lora_A,
-            m.lora_B.t() if strategy in FUSED_STRATEGIES else None, m.scale, None, m.mask,
-        )  # fmt: skip
-        for dy, m, p in zip(dys, members, parts, strict=True)
-    ]
+    packed = []
+    for dy, m, p in zip(dys, members, parts, strict=True):
+        a = m.lora_B.t() if strategy in FUSED_STRATEGIES else None
+        operands = None if library else dy, m.weight, flatten(dx), p, m.lora_A, a
+        packed.append(launch.matmul_member(*operands, m.scale, None, m.mask))
     launch.matmul(_tiles(route, "dx"), packed, summed=True, accumulate=library)
     return dx
 

@@ -1,4 +1,4 @@
-"""The host side of each kernel: grid, workspace, specialisation, launch on torch's current stream."""
+"""The host side of each kernel: grid, strides, workspace, launch on torch's current stream."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ def kernels() -> SimpleNamespace:
 def shrink(
     tiles: Tiles, members: Sequence[tuple[Tensor, Tensor, Tensor, float, Mask | None]]
 ) -> None:
-    """s = scale · (mask ⊙ x) aᵀ for each (x [M, K], a [R, K], s [M, R], scale, mask), in one launch.
+    """s = scale · (mask ⊙ x) aᵀ for each (x [M, K], a [R, K], s [M, R], scale, mask).
 
-    s is written; it has unit stride along R. Where the contraction is split, a second launch adds.
+    One launch for all, and one to add where the contraction is split. s is written; it has unit
+    stride along R.
     """
     M = members[0][0].shape[0]
     if M == 0:
@@ -59,12 +60,11 @@ def shrink(
         if parts > 1:
             out = x.new_empty(parts, M, R, dtype=torch.float32)
             sums.append(arguments.Sum(out, s, scale, M, R, s.stride(0)))
-        packed.append(
-            arguments.Shrink(
-                x, a, out, *_seed_and_threshold(mask, x.device), scale, K, R, per_part,
-                *x.stride(), *a.stride(), out.stride(-2), M * R,
-            )  # fmt: skip
-        )
+        p = arguments.Shrink._make((
+            x, a, out, *_seed_and_threshold(mask, x.device), scale, K, R, per_part,
+            *x.stride(), *a.stride(), out.stride(-2), M * R,
+        ))  # fmt: skip
+        packed.append(p)
     r_blocks = max(_cdiv(p.R, tiles.block_r) for p in packed)
     grid = (_cdiv(M, tiles.block_m) * len(packed) * r_blocks, parts)
     with _on_device_of(members[0][0]):
@@ -99,12 +99,11 @@ def reduce(
             sums.append(arguments.Sum(partial, out, 1.0, *shape, out.stride(0)))
             out = partial
         out_sc, out_sr = (1, C) if transposed else (R, 1)
-        packed.append(
-            arguments.Reduce(
-                z, t, out, *_seed_and_threshold(mask, device), C, R,
-                *z.stride(), t.stride(0), out_sc, out_sr, C * R,
-            )  # fmt: skip
-        )
+        p = arguments.Reduce._make((
+            z, t, out, *_seed_and_threshold(mask, device), C, R,
+            *z.stride(), t.stride(0), out_sc, out_sr, C * R,
+        ))  # fmt: skip
+        packed.append(p)
     columns = sum(_cdiv(p.C, tiles.block_n) for p in packed)
     grid = (columns, max(_cdiv(p.R, tiles.block_r) for p in packed), parts)
     with _on_device_of(members[0][0]):
@@ -154,17 +153,17 @@ def matmul_member(
     if bias is not None and bias.stride(0) != 1:
         bias = bias.contiguous()
     x = y if x is None else x
-    return arguments.Matmul(
+    return arguments.Matmul._make((
         x, w, a, s, l, bias, y, *_seed_and_threshold(mask, y.device), scale, y.shape[1], K, R,
         *x.stride(), *w.stride(), *((0, 0) if a is None else a.stride()),
         0 if s is None else s.stride(0), *((0, 0) if l is None else l.stride()), y.stride(0),
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def matmul(
     tiles: Tiles, members: Sequence[arguments.Matmul], summed: bool, accumulate: bool = False
 ) -> None:
-    """y (+)= x w + mask ⊙ (s l) + bias for every member; summed: all add to the one y of the first."""
+    """y (+)= x w + mask ⊙ (s l) + bias for every member; summed: all add to the y of the first."""
     M, device = members[0].y.shape[0], members[0].y.device
     if M == 0:
         return

@@ -7,11 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_fused.backends import triton
-from lora_fused.config import Config, Mask, Member, Tiles
-from lora_fused.reference import dropout_threshold, effective_scaling
-from lora_fused.testing import Case, assert_close_to_ref, make_case
-from tests.triton.operations import OPERATIONS, check_group, group_case, group_route_of
+from lora_fused.config import Tiles
+from tests.triton.operations import check_group, group_case, group_route_of
 
 TILES = Tiles(32, 32, 32, num_warps=4, num_stages=3)
 

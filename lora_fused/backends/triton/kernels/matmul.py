@@ -5,13 +5,13 @@
 
 `split`: s [M, R] comes from `shrink_kernel`, and the contraction over K goes on for R steps.
 `one_pass` (and `decode`, the same with 16-row tiles): each tile of x feeds w and a, so that
-s = scale · x aᵀ is born in registers, meets l there and is stored once, by the first column of tiles.
+s = scale · x aᵀ is born in registers, meets l there and is stored once, by a row's first tile.
 
 A launch serves one layer or a group. Forward, the members' tiles follow each other in the grid;
 for dx (SUM) all members add to one y, whose tile stays in registers. A program makes one tile, or
-(PERSISTENT) every num_programs-th. x, w and y are reached by pointers with any strides, or by tensor
-descriptors (TMA), which need a unit stride and rows at multiples of 16 bytes. With dropout (`split`
-only) the rank-R term is masked on its own and begins the sum.
+(PERSISTENT) every num_programs-th. x, w and y are reached by pointers with any strides, or by
+tensor descriptors (TMA), which need a unit stride and rows at multiples of 16 bytes. With dropout
+(`split` only) the rank-R term is masked on its own, before the loop.
 Not handled: sizes beyond 2**31 - 1; dropout in `one_pass`; R > BLOCK_R in `one_pass`.
 """
 

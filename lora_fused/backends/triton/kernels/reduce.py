@@ -30,7 +30,9 @@ def reduce_kernel(
     for i in tl.static_range(len(members)):
         blocks = tl.cdiv(members[i].C, BLOCK_N)
         if (block >= 0) & (block < blocks):
-            _reduce(members[i], block * BLOCK_N, M, M_PER_PART, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION)
+            _reduce(
+                members[i], block * BLOCK_N, M, M_PER_PART, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION
+            )
         block -= blocks
 
 

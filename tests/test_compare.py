@@ -1,0 +1,90 @@
+"""`python -m benchmarks --compare`: what counts as a change between two runs."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("rich")
+
+from rich.console import Console
+
+from benchmarks.compare import bootstrap, compare, show
+from benchmarks.providers import FROZEN, OURS
+from benchmarks.record import Results
+from benchmarks.run import Settings, run
+from benchmarks.shapes import Case, Layer
+
+CASE = Case(Layer("tiny", "layer", 32, 24), "fp32", 4, 4)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    results = run(Settings("quick", rounds=9, memory=False), [CASE])
+    results.records = [r for r in results.records if r.provider in (FROZEN, OURS)]
+    return results
+
+
+def timed(results: Results, tax: float, spread: float, hour: float = 1.0) -> Results:
+    """The same cells with made-up samples: ours takes `tax` times the frozen layer's time."""
+    draw = random.Random(7)
+    records = []
+    for record in results.records:
+        factor = 1.0 if record.provider == FROZEN else tax
+        samples = [100 * hour * factor * (1 + spread * (draw.random() - 0.5)) for _ in range(9)]
+        records.append(replace(record, samples_us=samples, median_us=sorted(samples)[4]))
+    return replace(results, records=records)
+
+
+def test_a_slower_machine_is_no_change(made: Results) -> None:
+    changes = compare(timed(made, 1.2, 0.02), timed(made, 1.2, 0.02, hour=3.0))
+    assert len(changes) == 2 and not any(change.significant for change in changes)
+
+
+def test_a_real_change_is_significant(made: Results) -> None:
+    slower = compare(timed(made, 1.0, 0.02), timed(made, 1.2, 0.02))
+    assert all(change.significant and change.ratio > 1.1 for change in slower)
+    faster = compare(timed(made, 1.2, 0.02), timed(made, 1.0, 0.02))
+    assert all(change.significant and change.ratio < 0.9 for change in faster)
+
+
+def test_noise_and_small_changes_are_not(made: Results) -> None:
+    noisy = compare(timed(made, 1.0, 1.5), timed(made, 1.1, 1.5))
+    small = compare(timed(made, 1.0, 0.001), timed(made, 1.03, 0.001))
+    assert not any(change.significant for change in (*noisy, *small))
+
+
+def test_the_table_counts_and_names(made: Results) -> None:
+    console = Console(record=True, width=200)
+    show(console, compare(timed(made, 1.0, 0.02), timed(made, 1.3, 0.02)))
+    said = console.export_text()
+    assert "tiny.layer" in said and "2 cells in both: 2 slower, 0 faster, 0 without" in said
+
+
+def test_nothing_in_common(made: Results) -> None:
+    other = replace(made, records=[])
+    with pytest.raises(ValueError, match="no timed case in common"):
+        compare(made, other)
+
+
+def test_bootstrap_brackets_the_median() -> None:
+    interval = bootstrap([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert interval.low <= interval.median == 3.0 <= interval.high
+    assert bootstrap([2.0] * 5).low == bootstrap([2.0] * 5).high == 2.0
+
+
+def test_files_of_the_command_line(made: Results, tmp_path: Path, capsys, monkeypatch) -> None:
+    from benchmarks import __main__ as command
+
+    for name, tax in (("a", 1.0), ("b", 1.5)):
+        timed(made, tax, 0.02).save(tmp_path / f"{name}.json")
+    files = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--compare", *files])
+    command.main()
+    assert "2 slower" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--compare", files[0], "absent.json"])
+    with pytest.raises(SystemExit, match=r"absent\.json"):
+        command.main()
