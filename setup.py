@@ -3,6 +3,10 @@
 The native module is optional: without a C++ compiler, or on a machine that its kernels do not
 serve, the package installs without it and the `torch` backend serves every call. Set
 LORA_FUSED_REQUIRE_NATIVE=1 to turn a failed native build into an error.
+
+Its CUDA part joins where an nvcc is found (see csrc/cuda/build.cmake, which also names the variables
+that choose compiler and targets). Where that part does not build, the CPU kernels are built alone;
+LORA_FUSED_CUDA=ON makes it an error, LORA_FUSED_CUDA=OFF leaves it out.
 """
 
 import importlib
@@ -17,6 +21,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CUDA_SETTINGS = ("LORA_FUSED_CUDA_ARCH_LIST", "LORA_FUSED_NVCC")
 
 
 def program(package: str, directory: str) -> str:
@@ -31,7 +36,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
-            self.configure_and_build(target.parent)
+            self.build_with_cuda_or_without(target.parent)
         except (OSError, subprocess.CalledProcessError, ImportError) as error:
             if os.environ.get("LORA_FUSED_REQUIRE_NATIVE") == "1":
                 raise
@@ -41,7 +46,20 @@ class CMakeBuild(build_ext):
                 file=sys.stderr,
             )
 
-    def configure_and_build(self, output_dir: Path) -> None:
+    def build_with_cuda_or_without(self, output_dir: Path) -> None:
+        cuda = os.environ.get("LORA_FUSED_CUDA", "AUTO")
+        try:
+            self.configure_and_build(output_dir, cuda)
+        except subprocess.CalledProcessError as error:
+            if cuda != "AUTO":
+                raise
+            print(
+                f"lora_fused: the build failed ({error}); trying again without the CUDA kernels.",
+                file=sys.stderr,
+            )
+            self.configure_and_build(output_dir, "OFF")
+
+    def configure_and_build(self, output_dir: Path, cuda: str) -> None:
         import pybind11
 
         # setuptools builds editable installs in a directory that it then removes; this one stays,
@@ -57,6 +75,8 @@ class CMakeBuild(build_ext):
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-DPython_INCLUDE_DIR={sysconfig.get_path('include')}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                f"-DLORA_FUSED_CUDA={cuda}",
+                *(f"-D{name}={os.environ.get(name, '')}" for name in CUDA_SETTINGS),
                 *os.environ.get("CMAKE_ARGS", "").split(),
             ],
             check=True,

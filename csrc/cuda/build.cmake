@@ -10,11 +10,15 @@
 # NOTE: nvcc is called by custom commands and not through CMake's language CUDA: that one ends the whole
 # configuration where a compiler does not work, and does not find the libraries in the wheels' layout.
 
+# NOTE: in the cache, so that a later `cmake --build` in another environment builds the same.
 function(lora_fused_setting name default)
-  if(NOT DEFINED ${name} AND NOT "$ENV{${name}}" STREQUAL "")
-    set(${name} "$ENV{${name}}" PARENT_SCOPE)
-  elseif(NOT DEFINED ${name})
-    set(${name} "${default}" PARENT_SCOPE)
+  set(${name} "" CACHE STRING "see csrc/cuda/build.cmake")
+  if("${${name}}" STREQUAL "")
+    if("$ENV{${name}}" STREQUAL "")
+      set(${name} "${default}" CACHE STRING "" FORCE)
+    else()
+      set(${name} "$ENV{${name}}" CACHE STRING "" FORCE)
+    endif()
   endif()
 endfunction()
 

@@ -213,7 +213,7 @@ py::dict describe_device(int device) {
 
 void register_cuda(py::module_ m) {
   m.doc() = "CUDA kernels of lora_fused. Not a public interface.";
-  py::register_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
+  py::register_local_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
   m.def("device_count", device_count);
   m.def("device_properties", describe_device);
   m.def("capture_id", capture_id);

@@ -27,10 +27,6 @@ void check_decode(const DecodeLaunch& p) {
   if (p.R > decode_kernel::kMaxRank) refuse("R", p.R, "at most 512 for decode");
   if (p.splits < 1) refuse("splits", p.splits, "at least 1");
   if (p.s_splits < 1) refuse("s_splits", p.s_splits, "at least 1");
-  // NOTE: with more items than blocks nobody would compute the last ones, and everybody would wait for them.
-  const i64 blocks = tiles_of(p) * p.splits;
-  if (items_of(p) > blocks)
-    refuse("blocks", blocks, "at least the " + std::to_string(items_of(p)) + " parts of s");
 }
 
 }  // namespace

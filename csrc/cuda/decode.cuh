@@ -6,15 +6,14 @@
 // row, and x in the same order, so that a permutation of K, the same for both, feeds whole mma steps without
 // shared memory.
 //
-// s is computed once by the first `items` = rank chunks x s_splits blocks, on top of their own share; the
-// block that ends a tile of y waits for them. They have contributed before they wait and blocks start in the
-// order of their numbers, so nobody waits for a block that needs his place; the host asserts items <= grid.
+// s is computed once, in `items` = rank chunks x s_splits pieces that blocks take by ticket: the first blocks
+// one each before their share of the weights, and every block what is left before it waits. So a block waits
+// only for pieces that a running block has in hand, and no number of resident blocks can deadlock.
 // blockIdx.x = (row tile of w) * splits + part.
 //
-// Workspace words, zero before and after: tickets[0] items done, [1] readers done, [2...] one ticket per row
-// tile. partials: s as [items][16][kRankChunk], then the parts of y. Layouts: any strides; x, w, a in rows of
-// 16-byte pieces take vector loads, others are read element by element. Not handled: dropout, more than 16
-// tokens, R > 512.
+// Workspace words, zero before and after: see Word. partials: s as [items][16][kRankChunk], then the parts of
+// y. Layouts: any strides; x, w, a in rows of 16-byte pieces take vector loads, others are read element by
+// element. Not handled: dropout, more than 16 tokens, R > 512.
 #pragma once
 
 #include "flags.cuh"
@@ -24,9 +23,12 @@ namespace lora_fused::cuda::decode_kernel {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kTokens = 16, kBlockN = 16, kRankChunk = 32,
               kMaxRank = 512;
-constexpr int kLoads = 4;        // 16-byte loads of each of a lane's two rows that are under way
-constexpr int kFirstTicket = 2;  // words before the tickets of the row tiles
+constexpr int kLoads = 4;  // 16-byte loads of each of a lane's two rows that are under way
 constexpr int kTileFloats = kTokens * kBlockN;
+
+// The words of the workspace: pieces of s that are done and taken, row tiles that have read s, then one
+// ticket for every row tile.
+enum Word { kDone, kTaken, kReaders, kFirstTicket };
 
 // One fragment of 16 rows x 4 lanes x 16 bytes: 64 bytes of a row, two mma steps.
 template <typename T>
@@ -87,9 +89,18 @@ LORA_FUSED_HOST_DEVICE int s_stride(i64 R) { return static_cast<int>(R) | 1; }
 LORA_FUSED_DEVICE int token_of(int i) { return (i % 128 / 4 >> 2) + 8 * (i % 4 >> 1); }
 LORA_FUSED_DEVICE int column_of(int i) { return i / 128 * 8 + (i % 128 / 4 & 3) * 2 + (i % 4 & 1); }
 
-// ---- the three phases -------------------------------------------------------------------------------------
+// ---- the phases -------------------------------------------------------------------------------------
 
-// One part of K of one chunk of ranks, to the workspace; then one more item is done.
+// The next piece of s for this block; `items` or more: none is left.
+LORA_FUSED_DEVICE int take_item(const DecodeLaunch& p) {
+  __shared__ u32 taken;
+  __syncthreads();
+  if (threadIdx.x == 0) taken = ptx::atom_add_acq_rel(p.workspace.tickets + kTaken, 1);
+  __syncthreads();
+  return static_cast<int>(taken);
+}
+
+// One part of K of one chunk of ranks, to the workspace; then one more piece is done.
 template <typename T>
 LORA_FUSED_DEVICE void shrink_item(const DecodeLaunch& p, float* shared, int item) {
   constexpr int kBlocks = kRankChunk / 8;
@@ -110,7 +121,7 @@ LORA_FUSED_DEVICE void shrink_item(const DecodeLaunch& p, float* shared, int ite
   for (int i = threadIdx.x; i < kTokens * kRankChunk; i += kThreads)
     p.workspace.partials[item * kTokens * kRankChunk + i] = sum_of_warps<kBlocks>(shared, i);
   __syncthreads();
-  if (threadIdx.x == 0) ptx::red_add_release(p.workspace.tickets, 1);
+  if (threadIdx.x == 0) ptx::red_add_release(p.workspace.tickets + kDone, 1);
 }
 
 // x w^T of this block's rows and part of K: the thread's element of the tile, in fragment order.
@@ -177,6 +188,41 @@ LORA_FUSED_DEVICE void gather_s(const DecodeLaunch& p, float* shared, bool store
   }
 }
 
+// Compute what nobody has taken, then wait until all pieces of s are there. The last reader makes the words
+// ready for the next launch.
+template <typename T>
+LORA_FUSED_DEVICE void finish_s(const DecodeLaunch& p, float* shared, int items) {
+  u32* const words = p.workspace.tickets;
+  __shared__ bool complete;
+  if (threadIdx.x == 0) complete = ptx::ld_acquire(words + kDone) == static_cast<u32>(items);
+  __syncthreads();
+  if (!complete)
+    for (int item = take_item(p); item < items; item = take_item(p)) shrink_item<T>(p, shared, item);
+  if (threadIdx.x == 0) {
+    wait_flag(words + kDone, static_cast<u32>(items), p.workspace.error);
+    const u32 last = gridDim.x / p.splits - 1;
+    if (ptx::atom_inc_acq_rel(words + kReaders, last) == last) {
+      ptx::st_relaxed(words + kDone, 0);
+      ptx::st_relaxed(words + kTaken, 0);
+    }
+  }
+  __syncthreads();
+}
+
+// sum_r s[r] b[r] of one token and column. Eight sums side by side: shorter chains of roundings and of waits.
+template <typename T>
+LORA_FUSED_DEVICE float rank_term(const DecodeLaunch& p, const float* s, const Storage<T>* b) {
+  constexpr int kSums = 8;
+  float sums[kSums] = {};
+  const i64 stride = p.b.col_stride;
+  for (i64 r = 0; r < p.R; r += kSums) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i)
+      if (r + i < p.R) sums[i] += s[r + i] * Numeric<Storage<T>>::to_float(b[(r + i) * stride]);
+  }
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
 // ---- the kernel -------------------------------------------------------------------------------------------
 
 template <typename T>
@@ -188,23 +234,15 @@ LORA_FUSED_DEVICE void run(const DecodeLaunch& p) {
   const i64 tile = blockIdx.x / p.splits, n0 = tile * kBlockN;
   const int part = static_cast<int>(blockIdx.x % p.splits);
   const int items = static_cast<int>((p.R + kRankChunk - 1) / kRankChunk) * p.s_splits;
-  u32* const done = p.workspace.tickets;
 
-  if (static_cast<int>(blockIdx.x) < items) {
-    shrink_item<T>(p, accumulators, static_cast<int>(blockIdx.x));
-    __syncthreads();
-  }
+  if (static_cast<int>(blockIdx.x) < items)
+    if (const int item = take_item(p); item < items) shrink_item<T>(p, accumulators, item);
+  __syncthreads();
   float value = stream_weights<T>(p, accumulators, n0, part);
   if (p.splits > 1 && !sum_parts(p, value, items, tile, part)) return;
 
-  // Wait for s; the last reader makes the flag ready for the next launch
   if (items > 0) {
-    if (threadIdx.x == 0) {
-      wait_flag(done, static_cast<u32>(items), p.workspace.error);
-      const u32 tiles = gridDim.x / p.splits;
-      if (ptx::atom_inc_acq_rel(done + 1, tiles - 1) == tiles - 1) ptx::st_relaxed(done, 0);
-    }
-    __syncthreads();
+    finish_s<T>(p, accumulators, items);
     gather_s<T>(p, s, tile == 0);
     __syncthreads();
   }
@@ -215,7 +253,7 @@ LORA_FUSED_DEVICE void run(const DecodeLaunch& p) {
   if (token >= p.M || n >= p.N) return;
   using N = Numeric<Storage<T>>;
   const Storage<T>* b = static_cast<const Storage<T>*>(p.b.data) + n * p.b.row_stride;
-  for (int r = 0; r < p.R; ++r) value += s[token * s_stride(p.R) + r] * N::to_float(b[r * p.b.col_stride]);
+  value += rank_term<T>(p, s + token * s_stride(p.R), b);
   if (p.bias) value += N::to_float(static_cast<const Storage<T>*>(p.bias)[n]);
   static_cast<Storage<T>*>(p.y.data)[token * p.y.row_stride + n] = N::from_float(value);
 }

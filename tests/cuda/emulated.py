@@ -11,6 +11,7 @@ metadata, workspaces, the launchers' choice of kernel, grid, shared memory and a
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib.util
 import subprocess
 import sys
@@ -54,7 +55,9 @@ def fake_module() -> ModuleType:
     if not ninja.exists() or "fake_cuda" not in ninja.read_text():
         pytest.skip("the native module was not built with its CUDA part from this checkout")
     command = ["cmake", "--build", str(BUILD), "--target", "fake_cuda"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with (BUILD / "fake_cuda.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes side by side: one builds
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = (BUILD / "fake").glob("fake_cuda*.so")
     spec = importlib.util.spec_from_file_location("fake_cuda", file)
@@ -152,6 +155,7 @@ class EmulatedGpu:
         self.memory = _Memory()
         self.patch = pytest.MonkeyPatch()
         self.stream = STREAM
+        self.replayable: list[tuple[dict[str, str], list[Any]]] = []
 
     def __enter__(self) -> EmulatedGpu:
         module = fake_module()
@@ -193,15 +197,20 @@ class EmulatedGpu:
         return text if self.edit is None else self.edit(kernel, text)
 
     def _launch(self, told: dict[str, str], address: int) -> None:
+        (parameter,) = _module(self.text_of(told["kernel"])).kernel(told["kernel"]).params
+        words = np.frombuffer(ctypes.string_at(address, parameter.size), np.uint64)
+        fields = [self.memory.field_of(int(word)) for word in words]
+        self.replayable.append((told, fields))
+        self.replay(self.replayable[-1])
+
+    def replay(self, recorded: tuple[dict[str, str], list[Any]]) -> None:
+        """A launch with the arguments it had when it was recorded, as a graph would."""
+        told, fields = recorded
         grid, block = (tuple(map(int, told[key].split(","))) for key in ("grid", "block"))
         launch = Launch(told["kernel"], grid, block, int(told["shared"]), told)
         self.launches.append(launch)
-        module = _module(self.text_of(launch.kernel))
-        (parameter,) = module.kernel(launch.kernel).params
-        words = np.frombuffer(ctypes.string_at(address, parameter.size), np.uint64)
-        fields = [self.memory.field_of(int(word)) for word in words]
         launch.report = run(
-            module, launch.kernel, grid, block, [Struct(*fields)],
+            _module(self.text_of(launch.kernel)), launch.kernel, grid, block, [Struct(*fields)],
             cluster=int(told.get("cluster", "1").split(",")[0]), shared=launch.shared,
             **self.options,
         )  # fmt: skip
