@@ -19,9 +19,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lora_fused.distributed import ColwiseLoRA, RowwiseLoRA
-from lora_fused.integrations.peft import accelerate, explain
+from lora_fused.integrations.peft import FusedLinear, accelerate, explain, restore
 from tests.peft_models import LLAMA_LAYERS, adapted, gpt2, llama, tokens
 
 
@@ -79,21 +80,24 @@ def test_split_mlps(world: World, conv1d: bool) -> None:
 def data_parallel(wrapper: str) -> None:
     model = adapted(llama())
     expected = gradients(copy.deepcopy(model), input_ids=tokens())
-    accelerate(model, verbose=False)
+    accelerate(model, group="always", verbose=False)
+    gradients(model, input_ids=tokens())  # the first pass teaches which layers form groups
+    model.zero_grad()
     wrapped: nn.Module = model
     if wrapper == "ddp":
         wrapped = DistributedDataParallel(model)
     else:
-        for block in model.base_model.model.model.layers:
-            fully_shard(block)
+        kind = LlamaDecoderLayer if wrapper == "fsdp2" else FusedLinear
+        for module in [m for m in model.modules() if isinstance(m, kind)]:
+            fully_shard(module)
         fully_shard(model)
     rows = tokens().tensor_split(2)[dist.get_rank()]
     assert_same(gradients(wrapped, input_ids=rows), expected)
     report = explain(model)
-    assert report.fused_calls == LLAMA_LAYERS and not report.stock_calls, str(report)
+    assert report.fused_calls == 2 * LLAMA_LAYERS and not report.stock_calls, str(report)
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "fsdp2, every layer on its own"])
 def test_data_parallel(world: World, wrapper: str) -> None:
     world.run(data_parallel, wrapper)
 
@@ -110,3 +114,21 @@ def torch_mask() -> None:
 
 def test_torch_masks_are_not_drawn_for_dtensors(world: World) -> None:
     world.run(torch_mask)
+
+
+def sharded_first() -> None:
+    model = adapted(llama())
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    other = model.base_model.model.model.layers[1].mlp.down_proj
+    fully_shard(layer)
+    report = accelerate(model, verbose=False)
+    why = "fully_shard has been called on it: call accelerate before"
+    assert list(report.not_fused.values()) == [why]
+    model(tokens())
+    fully_shard(other)
+    with pytest.raises(RuntimeError, match=r"a FSDPFusedLinear, .* restore before fully_shard"):
+        restore(other)
+
+
+def test_layers_that_were_sharded_first_are_named(world: World) -> None:
+    world.run(sharded_first)
