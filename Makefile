@@ -6,6 +6,10 @@ TORCH  ?= torch==2.13.0
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check -q
 
+# Where there is a compiler for a CPU that the kernels serve, a failed native build is an error, not a note.
+REQUIRE_NATIVE ?= $(if $(filter x86_64 amd64,$(shell uname -m)),$(if $(shell command -v $${CXX:-c++}),1))
+INSTALL := LORA_FUSED_REQUIRE_NATIVE=$(REQUIRE_NATIVE) $(PIP) install --no-build-isolation -e
+
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: bench bench-full test test-full test-peft format lint clean
@@ -41,23 +45,23 @@ $(VENV)/.installed: $(NATIVE)
 	$(PIP) install --upgrade pip
 	$(PY) -c 'import torch' 2>/dev/null || $(PIP) install $(TORCH)
 	$(PIP) install "setuptools>=77" "pybind11>=2.13" "cmake>=3.24" ninja numpy
-	$(PIP) install --no-build-isolation -e .
+	$(INSTALL) .
 	touch $@
 
 $(VENV)/.test: $(VENV)/.bench
-	$(PIP) install --no-build-isolation -e ".[test]"
+	$(INSTALL) ".[test]"
 	touch $@
 
 $(VENV)/.peft: $(VENV)/.test
-	$(PIP) install --no-build-isolation -e ".[peft-suite]"
+	$(INSTALL) ".[peft-suite]"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.installed
-	$(PIP) install --no-build-isolation -e ".[bench]"
+	$(INSTALL) ".[bench]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(PIP) install --no-build-isolation -e ".[dev]"
+	$(INSTALL) ".[dev]"
 	touch $@
 
 clean:
