@@ -46,10 +46,12 @@ def problem_of(
     packed: PackedWeight | None,
     needs: frozenset[str] | None,
     cast_weight: bool,
-    given_mask: bool,
-    on_gpu: tuple[bool, bool],
+    on_gpu: tuple[bool, bool, bool] | None,
 ) -> Problem:
-    """Check the call and say what it asks for."""
+    """Check the call and say what it asks for.
+
+    on_gpu: gpu_facts, and whether the caller drew the dropout mask; None elsewhere.
+    """
     weight, lora_A, _, bias = params
     compute = x.dtype if cast_weight else checks.compute_dtype(x)
     checks.check_call(x, *params, compute, cast_weight or checks.autocast_is_on(x))
@@ -58,6 +60,7 @@ def problem_of(
         wanting = (name for name, t in tensors if t is not None and t.requires_grad)
         needs = frozenset(wanting if torch.is_grad_enabled() else ())
     (N, K), stride = weight.shape, weight.stride()
+    aligned, tf32, given_mask = (True, False, False) if on_gpu is None else on_gpu
     return Problem(
         M=math.prod(x.shape[:-1]),
         K=K,
@@ -75,8 +78,8 @@ def problem_of(
         threads=torch.get_num_threads(),
         deterministic=torch.are_deterministic_algorithms_enabled(),
         device=gpu_of(x),
-        aligned=on_gpu[0],
-        tf32=on_gpu[1],
+        aligned=aligned,
+        tf32=tf32,
         given_mask=given_mask,
     )
 
