@@ -53,7 +53,8 @@ def shrink(
     M = members[0][0].shape[0]
     if M == 0:
         return
-    parts = max(_parts(x.shape[1], tiles.block_k, tiles.splits)[1] for x, *_ in members)
+    splits = _splits(tiles, max(s.numel() for _, _, s, _, _ in members))
+    parts = max(_parts(x.shape[1], tiles.block_k, splits)[1] for x, *_ in members)
     packed, sums = [], []
     for x, a, s, scale, mask in members:
         (R, K), out = a.shape, s
@@ -87,7 +88,8 @@ def reduce(
     adds.
     """
     (M, _), device = members[0][0].shape, members[0][0].device
-    per_part, parts = _parts(M, tiles.block_m, tiles.splits)
+    splits = _splits(tiles, max(z.shape[1] * t.shape[1] for z, t, *_ in members))
+    per_part, parts = _parts(M, tiles.block_m, splits)
     outputs, packed, sums = [], [], []
     for z, t, mask, transposed, dtype in members:
         t = t if t.stride(1) == 1 else t.contiguous()
@@ -214,6 +216,11 @@ def _with_descriptors(p: arguments.Matmul, tiles: Tiles, by_rows: bool) -> argum
 
 def _descriptor(t: Tensor, rows: int, cols: int) -> Any:
     return kernels().TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, cols])
+
+
+def _splits(tiles: Tiles, outputs: int) -> int:
+    """The parts of the contraction; `sum_kernel` counts outputs in 32 bits."""
+    return tiles.splits if outputs <= 1 << 30 else 1
 
 
 def _parts(length: int, block: int, splits: int) -> tuple[int, int]:
