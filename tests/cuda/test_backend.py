@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from lora_fused import backends, devices
 from lora_fused.autograd import Saved, lora_backward, lora_forward
-from lora_fused.backends import cuda, cuda_candidates, cuda_sm80
+from lora_fused.backends import cuda, cuda_candidates, cuda_native, cuda_sm80
 from lora_fused.config import Call, Config, Mask, Problem, Route
 from lora_fused.reference import dropout_threshold
 from lora_fused.testing import assert_close_to_ref, make_case
@@ -125,3 +128,25 @@ def test_decode_is_for_few_tokens_and_weights_along_the_contraction() -> None:
         ("forward", {"weight_layout": "column"}), ("forward", {"given_mask": True}),
     ):  # fmt: skip
         assert "decode" not in strategies(operation, **changes)
+
+
+def test_fp32_is_multiplied_as_torch_is_set() -> None:
+    setting = torch.backends.cuda.matmul
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        assert cuda_native.math_of(torch.float32) == 0
+        torch.set_float32_matmul_precision("high")
+        assert cuda_native.math_of(torch.float32) == cuda_native.TF32
+        assert cuda_native.math_of(torch.bfloat16) == 1
+    finally:
+        torch.set_float32_matmul_precision(before)
+    if hasattr(setting, "fp32_precision"):
+        code = (
+            "import torch; from lora_fused.backends.cuda_native import math_of;"
+            "torch.backends.cuda.matmul.fp32_precision = 'tf32'; print(math_of(torch.float32))"
+        )
+        told = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        assert told.stdout.strip() == str(cuda_native.TF32)
