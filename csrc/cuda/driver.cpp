@@ -9,9 +9,10 @@ namespace {
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
-bool means_no_driver(cudaError_t code) {
-  return code == cudaErrorInsufficientDriver || code == cudaErrorNoDevice || code == cudaErrorStubLibrary ||
-         code == cudaErrorInitializationError;
+// What is missing, where the machine cannot run CUDA at all; null for every other code.
+const char* missing(cudaError_t code) {
+  if (code == cudaErrorInsufficientDriver || code == cudaErrorStubLibrary) return "no CUDA driver: ";
+  return code == cudaErrorNoDevice ? "no CUDA device: " : nullptr;
 }
 
 std::string subject(const std::string& who, const std::string& problem) {
@@ -126,7 +127,7 @@ void check(cudaError_t code, const std::string& who, const std::string& problem,
   // Take the error off the thread's state: the next launch, torch's too, must not report it again.
   (void)cudaGetLastError();
   const std::string where = subject(who, problem) + ": ";
-  if (means_no_driver(code)) throw CudaError(where + "no CUDA driver: " + cudaGetErrorString(code), code);
+  if (const char* what = missing(code)) throw CudaError(where + what + cudaGetErrorString(code), code);
   throw CudaError(where + step + ": " + cudaGetErrorName(code) + ": " + cudaGetErrorString(code), code);
 }
 

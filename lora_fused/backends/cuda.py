@@ -71,10 +71,11 @@ def matmul(
     packed: object = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See torch_ops.matmul."""
+    """See torch_ops.matmul, which also serves whoever adds to `out`: the kernels overwrite."""
     tiles = route.config.tiles(direction)
-    if tiles is not None and tiles.persistent and s is not None and adapter is not None:
-        y = _new_y(route, direction, x) if out is None else out
+    fused = tiles is not None and tiles.persistent and out is None
+    if fused and tiles is not None and s is not None and adapter is not None:
+        y = _new_y(route, direction, x)
         mask = None if direction == "forward" else mask
         layer = cuda_sm90.Layer(x, weight, None, adapter, s, y, 0.0, bias, mask)
         _run(tiles, direction, [layer])
@@ -236,8 +237,9 @@ def _launch_reduce(route: Route, some: Tensor, R: int, jobs: list) -> None:
     place, math = place_of(some), math_of(some.dtype)
     size = native().reduce_workspace(math, [job[0] for job in jobs], R, splits)
     pointers, owners = workspace(place, *size)
+    # Dependent: it may begin to start while the kernel that made ds or s ends, and waits for it.
     native().reduce(
-        (place.number, place.stream, False), math, some.shape[0], R, jobs, splits, pointers
+        (place.number, place.stream, True), math, some.shape[0], R, jobs, splits, pointers
     )
     del owners
 

@@ -49,9 +49,14 @@ def place_of(t: Tensor) -> Place:
 
 def math_of(dtype: torch.dtype) -> int:
     """The code of a compute dtype; fp32 as torch's matrix multiplications are set."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return TF32
-    return DTYPE_CODES[dtype]
+    return TF32 if dtype == torch.float32 and _tf32_is_allowed() else DTYPE_CODES[dtype]
+
+
+def _tf32_is_allowed() -> bool:
+    """Of torch's two switches the old one raises when it is read after the new one was set."""
+    setting = torch.backends.cuda.matmul
+    precision = getattr(setting, "fp32_precision", None)  # from torch 2.9 on
+    return bool(setting.allow_tf32) if precision is None else bool(precision == "tf32")
 
 
 def matrix(t: Tensor) -> MatrixTuple:
@@ -91,6 +96,8 @@ def workspace(place: Place, partials: int, tickets: int) -> tuple[WorkspaceTuple
     as they found them, so that one set serves every launch of a stream, and every replay of a
     graph has the set that was made while it was captured: graphs that run side by side share none.
     """
+    if partials == tickets == 0:
+        return (0, 0, 0), None
     sums = torch.empty(partials, dtype=torch.float32, device=place.device) if partials else None
     words = _zeroed_words(place, _HEADER_WORDS + tickets)
     start = words.data_ptr()

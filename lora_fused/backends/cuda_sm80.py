@@ -158,10 +158,11 @@ def _launch(chosen: Tiles, layers: Sequence[Layer], dx: bool, accumulate: bool) 
         )  # fmt: skip
     size = native().matmul_sm80_words(x.shape[0], chosen.block_m)
     pointers, words = workspace(place, 0, size)
+    s_given = first.shrink is None  # split: dependent on the launch that makes s, just before
     native().matmul_sm80(
-        (place.number, place.stream, False), math_of(x.dtype), *x.shape, matrix(x),
+        (place.number, place.stream, s_given), math_of(x.dtype), *x.shape, matrix(x),
         output(matrix(s), s.dtype), entries, (chosen.block_m, chosen.block_n, chosen.block_k),
-        (first.shrink is None, dx, accumulate), pointers,
+        (s_given, dx, accumulate), pointers,
     )  # fmt: skip
     del owners, words
 

@@ -124,8 +124,9 @@ def run(chosen: Tiles, direction: str, layers: Sequence[Layer]) -> None:
     wide = not masked and widest > _NARROW[chosen.block_n]
     size = native().matmul_sm90_words(M, cluster)
     pointers, owners = workspace(place, 0, size)
+    s_given = layers[0].shrink is None  # split: dependent on the launch that makes s, just before
     native().matmul_sm90(
-        (place.number, place.stream, False), math_of(x.dtype), dx, M, [e.words for e in entries],
+        (place.number, place.stream, s_given), math_of(x.dtype), dx, M, [e.words for e in entries],
         chosen.block_n, cluster, chosen.block_n // 64 if wide else 1, pointers,
     )  # fmt: skip
     del owners, entries

@@ -12,7 +12,7 @@ from tests.ptx_emulator import EVERY_SCHEDULE, TOGETHER
 
 
 class Fault(NamedTuple):
-    """The nth match of `pattern` in the kernel becomes `new`; one of `kinds` is found.
+    """The nth match of `pattern` in the kernel becomes `new` (-1: all); one of `kinds` is found.
 
     Without kinds the fault shows in the numbers alone."""
 
@@ -32,10 +32,10 @@ def edited(fault: Fault) -> Callable[[str, str], str]:
         end = len(text) if end < 0 else end
         body = text[start:end]
         matches = list(re.finditer(fault.pattern, body))
-        assert len(matches) > fault.nth, f"{kernel} has {len(matches)} of {fault.pattern}"
-        match = matches[fault.nth]
-        changed = body[: match.start()] + match.expand(fault.new) + body[match.end() :]
-        return text[:start] + changed + text[end:]
+        assert len(matches) > max(fault.nth, 0), f"{kernel}: {len(matches)} of {fault.pattern}"
+        for match in reversed(matches if fault.nth < 0 else [matches[fault.nth]]):
+            body = body[: match.start()] + match.expand(fault.new) + body[match.end() :]
+        return text[:start] + body + text[end:]
 
     return edit
 

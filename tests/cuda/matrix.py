@@ -1,4 +1,4 @@
-"""The compile matrix of the CUDA kernels: `python -m tests.cuda.matrix` writes docs/cuda-kernels.md.
+"""The compile matrix of the CUDA kernels: `python -m tests.cuda.matrix` writes its page in docs/.
 
 Every kernel of every source below csrc/cuda for every target that it ships for: registers and
 spills as ptxas reports them, static shared memory, tensor instructions in the machine code. Without
@@ -31,8 +31,9 @@ that CI builds ({ci}) against the sources. No GPU is needed for it, and it says 
 * Names: `lora_<operation>_<first target>_<element type>_<variant>`. `ieee` multiplies fp32 without
   loss (six TF32 products), `tf32` rounds fp32 to TF32.
 * Tensor instructions are counted in the machine code, not in time: loops run them many times.
-* What executes these kernels without a GPU, and what that shows: [gpu-without-gpu.md](gpu-without-gpu.md).
-  Emulator cases: {cases} tests in `tests/cuda` run them (`pytest tests/cuda --collect-only -q`).
+* What executes these kernels without a GPU, and what that shows:
+  [gpu-without-gpu.md](gpu-without-gpu.md).
+  {cases} tests in `tests/cuda` do (`pytest tests/cuda --collect-only -q`).
 
 """
 
