@@ -84,20 +84,28 @@ def data_parallel(wrapper: str) -> None:
     gradients(model, input_ids=tokens())  # the first pass teaches which layers form groups
     model.zero_grad()
     wrapped: nn.Module = model
+    if wrapper == "fsdp2, then accelerate":
+        restore(model)
     if wrapper == "ddp":
         wrapped = DistributedDataParallel(model)
     else:
-        kind = LlamaDecoderLayer if wrapper == "fsdp2" else FusedLinear
+        kind = FusedLinear if wrapper.endswith("on its own") else LlamaDecoderLayer
         for module in [m for m in model.modules() if isinstance(m, kind)]:
             fully_shard(module)
         fully_shard(model)
+    if wrapper == "fsdp2, then accelerate":
+        assert len(accelerate(model, verbose=False).fused) == LLAMA_LAYERS
     rows = tokens().tensor_split(2)[dist.get_rank()]
     assert_same(gradients(wrapped, input_ids=rows), expected)
     report = explain(model)
-    assert report.fused_calls == 2 * LLAMA_LAYERS and not report.stock_calls, str(report)
+    calls = 1 if wrapper == "fsdp2, then accelerate" else 2
+    assert report.fused_calls == calls * LLAMA_LAYERS and not report.stock_calls, str(report)
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "fsdp2, every layer on its own"])
+WRAPPERS = ["ddp", "fsdp2", "fsdp2, every layer on its own", "fsdp2, then accelerate"]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_data_parallel(world: World, wrapper: str) -> None:
     world.run(data_parallel, wrapper)
 
