@@ -51,7 +51,7 @@ Gemm turn(DType dtype, const Gemm& g, int threads) {
   t.y.row_stride = g.y.col_stride, t.y.col_stride = g.y.row_stride;
   t.turned = true;
   u32* panels =
-      static_cast<u32*>(scratch(Slot::skinny, static_cast<std::size_t>(packed_bytes(dtype, g.K, g.M))));
+      static_cast<u32*>(scratch(Slot::turned, static_cast<std::size_t>(packed_bytes(dtype, g.K, g.M))));
   pack(dtype, {g.K, g.M, t.b, panels, threads});
   t.packed = panels;
   return t;
