@@ -35,7 +35,12 @@ MAX_MEMBERS = 3
 _MAX_CHUNKS = 24  # pieces of the ranks of all members, of the S tiles of one row of tiles
 
 _STATIC_SHARED = 256  # what is known of three tiles, and a flag
-_TARGETS = (80, 86, 89, 120)
+_SHARED_LIMITS = {
+    80: 163 << 10,
+    86: 99 << 10,
+    89: 99 << 10,
+    120: 99 << 10,
+}  # by target, bytes of a block
 _SLOW = range(90, 120)  # wgmma and tcgen05 are the fast paths there
 
 
@@ -76,13 +81,20 @@ def shared_bytes(tiles: Tiles, itemsize: int) -> int:
     return tiles.num_stages * stage + _STATIC_SHARED
 
 
-SHIPPED = [
-    (operation, strategy, _tiles(tile), target)
-    for operation in ("forward", "dx")
-    for strategy in ("s_first", "split")
-    for tile in dict.fromkeys(tile for tiles in _TILES.values() for tile in tiles)
-    for target in _TARGETS
-]
+def _shipped() -> list[tuple[str, str, Tiles, int]]:
+    found = [
+        (operation, strategy, _tiles(tile), target)
+        for operation in ("forward", "dx")
+        for strategy in ("s_first", "split")
+        for dtype, tiles in _TILES.items()
+        for tile in tiles
+        for target, limit in _SHARED_LIMITS.items()
+        if shared_bytes(_tiles(tile), dtype.itemsize) <= limit
+    ]
+    return list(dict.fromkeys(found))
+
+
+SHIPPED = _shipped()
 """Every (operation, strategy, tiles, target) that can be chosen."""
 
 
@@ -95,11 +107,20 @@ def reasons_against(problem: Problem) -> list[str]:
         reasons.append("the mma.sync kernel multiplies bfloat16, float16 and float32 as TF32")
     elif problem.dtype == torch.float32 and math_of(problem.dtype) != TF32:
         reasons.append("the mma.sync kernel multiplies float32 as TF32, which torch forbids")
+    if not _in_chunks(problem):
+        reasons.append("rows that are not multiples of 16 bytes are read by elements, slowly")
     if len(problem.group) > MAX_MEMBERS:
         reasons.append(f"a launch takes {MAX_MEMBERS} layers, the group has {len(problem.group)}")
     if problem.given_mask:
         reasons.append("the caller drew the dropout mask")
     return reasons
+
+
+def _in_chunks(problem: Problem) -> bool:
+    """The large operands are read 16 bytes at a time, if x and dy are as contiguous as usual."""
+    step = 16 // problem.dtype.itemsize
+    sizes = [problem.K, problem.N, *(N for N, _ in problem.group)]
+    return problem.weight_layout != "strided" and all(size % step == 0 for size in sizes)
 
 
 def candidates(problem: Problem, device: Device, operation: str) -> list[Candidate]:

@@ -177,3 +177,14 @@ def test_fp32_needs_torchs_leave_to_round() -> None:
     problem = Problem(64, 64, 64, 16, torch.float32, "cuda", device=A100)
     assert cuda_sm80.candidates(problem, A100, "forward") == []
     assert "which torch forbids" in cuda_sm80.reasons_against(problem)[0]
+
+
+@pytest.mark.parametrize(
+    ("capability", "offered"), [(80, True), (86, True), (90, False), (100, False)]
+)
+def test_offered_where_it_is_the_fast_path(capability: int, offered: bool) -> None:
+    device = replace(A100, capability=capability)
+    problem = Problem(64, 64, 64, 16, torch.bfloat16, "cuda", device=device)
+    assert bool(cuda_sm80.candidates(problem, device, "forward")) == offered
+    odd = replace(problem, K=71)
+    assert cuda_sm80.candidates(odd, device, "dx") == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 
 import pytest
 import torch
@@ -28,7 +29,8 @@ def direction_of(shipped: Variant) -> str:
 def ragged(shipped: Variant) -> tuple[int, int, int]:
     """M, K, N: more than one tile each way, none of them full; K ends inside a k block."""
     step = 16 // shipped.element_bytes
-    outputs, inner = shipped.block_n + 3 * step, 5 * shipped.block_k + step
+    blocks = 2 if shipped.layout == "any" else 5
+    outputs, inner = shipped.block_n + 3 * step, blocks * shipped.block_k + step
     M = shipped.block_m + 9
     return (M, inner, outputs) if direction_of(shipped) == "forward" else (M, outputs, inner)
 
@@ -47,18 +49,23 @@ def test_every_kernel_on_a_ragged_shape(shipped: Variant) -> None:
     check(case, direction_of(shipped), shipped, schedule=LATE, grid=3)
 
 
-@pytest.mark.parametrize("schedule", EVERY_SCHEDULE, ids=str)
+@cache
+def together(direction: str) -> torch.Tensor:
+    case = make_case(72, 200, 136, 24, torch.bfloat16, dropout_p=0.25)
+    return check(case, direction, SMALL[direction], grid=5)[0].members[0].y
+
+
+@pytest.mark.parametrize("schedule", EVERY_SCHEDULE[1:], ids=str)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_every_schedule_gives_the_same_bits(direction: str, schedule: Schedule) -> None:
     case = make_case(72, 200, 136, 24, torch.bfloat16, dropout_p=0.25)
     problem, _ = check(case, direction, SMALL[direction], schedule=schedule, grid=5)
-    first, _ = check(case, direction, SMALL[direction], grid=5)
-    assert torch.equal(problem.members[0].y, first.members[0].y)
+    assert torch.equal(problem.members[0].y, together(direction))
 
 
-@pytest.mark.parametrize(("grid", "resident"), [(1, 1), (3, 1), (7, 2), (40, 64)])
+@pytest.mark.parametrize(("grid", "resident"), [(1, 1), (3, 2), (40, 64)])
 def test_few_and_many_resident_blocks(grid: int, resident: int) -> None:
-    case = make_case(104, 136, 200, 16, torch.bfloat16)
+    case = make_case(72, 72, 136, 16, torch.bfloat16)
     check(case, "forward", SMALL["forward"], grid=grid, resident=resident, schedule=LATE)
 
 
@@ -68,7 +75,7 @@ def test_every_residue_of_k_blocks(direction: str, blocks: int) -> None:
     """With fewer blocks than the four stages, s is waited for while the pipeline fills."""
     inner = 32 * blocks - 8
     case = make_case(
-        72, *((inner, 136) if direction == "forward" else (136, inner)), 40, torch.bfloat16
+        24, *((inner, 136) if direction == "forward" else (136, inner)), 40, torch.bfloat16
     )
     check(case, direction, MIDDLE[direction], schedule=LATE, grid=2)
 
@@ -207,7 +214,7 @@ def test_transposed_weights(direction: str) -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_odd_sizes_by_elements(direction: str) -> None:
-    case = make_case(67, 131, 75, 7, torch.bfloat16, bias=True, dropout_p=0.2)
+    case = make_case(37, 71, 43, 7, torch.bfloat16, bias=True, dropout_p=0.2)
     check(case, direction, variant("bf16_64x128x32_any"), schedule=LATE, grid=3)
 
 
