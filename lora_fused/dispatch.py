@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from lora_fused.config import (
 )
 from lora_fused.devices import DEVICES
 from lora_fused.request import facts, gpu_facts, problem_of
+
+if TYPE_CHECKING:
+    from lora_fused.gpu_tuning import Trial
 
 _MAX_ROUTES = 4096
 _routes: dict[Any, Route] = {}
@@ -62,7 +65,7 @@ def route_for(
         dropout, backend, None if packed is None else packed.dtype, needs, cast_weight,
         on_gpu,
         torch.is_grad_enabled(), torch.get_num_threads(),
-        torch.are_deterministic_algorithms_enabled(),
+        torch._C._get_deterministic_algorithms(),
         checks.compute_dtype(x) if torch._C._is_any_autocast_enabled() else None,
     )  # fmt: skip
     route = _routes.get(key)
@@ -71,10 +74,11 @@ def route_for(
             _routes.clear()
         params = (weight, lora_A, lora_B, bias)
         problem = problem_of(x, params, dropout, packed, needs, cast_weight, on_gpu)
-        if problem.device is None:
+        if problem.device is None or problem.R == 0:
             config, final = choose(problem, backend), True
         else:
-            config, final = choose_on_gpu(problem, backend, x, params)
+            trial = _trial_of(problem, x, params)
+            config, final = choose_on_gpu(problem, backend, x.device, trial)
         route = _route(problem, x, params, config)
         if final:
             _routes[key] = route
@@ -110,14 +114,11 @@ def _takes_wide_adapters(problem: Problem, config: Config) -> bool:
 
 
 def choose_on_gpu(
-    problem: Problem,
-    backend: str,
-    x: Tensor,
-    params: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None = None,
+    problem: Problem, backend: str, where: torch.device, trial: Trial
 ) -> tuple[Config, bool]:
     """The Config for tensors on a GPU, and whether it is the last word on such calls.
 
-    Without params nothing is timed.
+    trial makes the calls to time, see gpu_tuning.Trial.
     """
     from lora_fused import gpu_tuning
 
@@ -125,13 +126,24 @@ def choose_on_gpu(
     names = gpu_backends_for(problem, asked)
     if _forced or not names or not gpu_choice.parts_of(problem):
         return choose(problem, backend), True
-    tensors = None
-    if params is not None and params[1] is not None and params[2] is not None:
-        tensors = gpu_tuning.Tensors(x, params[0], params[1], params[2], params[3])
-    config, provisional = gpu_tuning.choose(problem, names, x.device, tensors)
+    config, provisional = gpu_tuning.choose(problem, names, where, trial)
     config = replace(config, notes=_notes(config.backend, reasons_against(problem, asked)))
     _announce(problem, config)
     return config, not provisional
+
+
+def _trial_of(
+    problem: Problem,
+    x: Tensor,
+    params: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+) -> Trial:
+    """The calls to time for one layer."""
+    from lora_fused import gpu_trial
+
+    weight, lora_A, lora_B, bias = params
+    assert lora_A is not None and lora_B is not None
+    tensors = gpu_trial.Tensors(x, weight, lora_A, lora_B, bias)
+    return functools.partial(gpu_trial.runs_of_layer, problem, tensors)
 
 
 def gpu_backends_for(problem: Problem, asked: str = "auto") -> tuple[str, ...]:

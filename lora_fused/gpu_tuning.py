@@ -13,21 +13,17 @@ LORA_FUSED_AUTOTUNE=0 and torch.use_deterministic_algorithms(True) leave the cho
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from lora_fused import autotune, gpu_store, selfcheck
-from lora_fused.autograd import Saved, lora_backward, lora_forward
-from lora_fused.config import Call, Config, Mask, Problem, Route, Tiles
+from lora_fused.config import Config, Problem, Tiles
 from lora_fused.gpu_choice import (
     Option,
     best_candidate,
@@ -42,18 +38,11 @@ BUDGET_SECONDS = {"forward": 0.2, "dx": 0.2, "reduce": 0.1}
 _MAX_ROUNDS = 50
 _TRIAL_DROPOUT = 6554  # of 65536
 
+Trial = Callable[[str, list[Option]], dict[str, Callable[[], object]]]
+"""From a part and its options: a call of each, by name, on tensors of the size to tune for."""
+
 _lock = threading.RLock()
 _known: dict[tuple[Problem, str], dict[str, float]] = {}
-
-
-class Tensors(NamedTuple):
-    """The arguments of the call that is tuned for, as they were given."""
-
-    x: Tensor
-    weight: Tensor
-    lora_A: Tensor
-    lora_B: Tensor
-    bias: Tensor | None
 
 
 def may_measure(where: torch.device) -> bool:
@@ -68,11 +57,11 @@ def may_measure(where: torch.device) -> bool:
 
 
 def choose(
-    problem: Problem, names: tuple[str, ...], where: torch.device, tensors: Tensors | None = None
+    problem: Problem, names: tuple[str, ...], where: torch.device, trial: Trial
 ) -> tuple[Config, bool]:
     """The Config, and whether a later call may find a better one.
 
-    names: the backends that can run the problem. Without tensors nothing is timed.
+    names: the backends that can run the problem. trial makes the calls to time.
     """
     admission = _Admission(problem, where, may_measure(where))
     considered = {
@@ -85,15 +74,15 @@ def choose(
         for part, found in considered.items():
             times = recalled(problem, part)
             complete = times is not None and all(option.name in times for option in found)
-            if len(found) > 1 and not complete and admission.free and tensors is not None:
-                times = _measure(problem, part, found, tensors)
+            if len(found) > 1 and not complete and admission.free:
+                times = _measure(problem, part, found, where, trial)
                 complete = True
             if times is not None:
                 measured[part] = times
             timed = timed and (complete or len(found) == 1)
     shrinks = {name: admission.shrink_of(name) for name in names}
     config = configure(problem, considered, shrinks, measured)
-    return config, admission.deferred or not (timed or tensors is None)
+    return config, admission.deferred or not timed
 
 
 class _Admission:
@@ -175,7 +164,7 @@ def _key(problem: Problem, part: str) -> str:
 
 
 def _measure(
-    problem: Problem, part: str, candidates: list[Option], tensors: Tensors
+    problem: Problem, part: str, candidates: list[Option], where: torch.device, trial: Trial
 ) -> dict[str, float]:
     """Time the candidates of one part, and remember."""
     key = _bucket_of(problem), part
@@ -184,11 +173,11 @@ def _measure(
         if all(option.name in known for option in candidates):
             return known
         try:
-            runs = _runs(problem, part, candidates, tensors)
+            runs = trial(part, candidates)
         except (RuntimeError, MemoryError) as error:
             warnings.warn(f"lora_fused: nothing was timed: {error}", stacklevel=3)
             return {}
-        times = fastest_times(runs, BUDGET_SECONDS[part], stopwatch(tensors.x.device))
+        times = fastest_times(runs, BUDGET_SECONDS[part], stopwatch(where))
         times = {name: seconds * 1e6 for name, seconds in times.items()}
         if "library" not in times:
             return times
@@ -245,46 +234,3 @@ def _wall_seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-def _runs(
-    problem: Problem, part: str, candidates: list[Option], tensors: Tensors
-) -> dict[str, Callable[[], object]]:
-    """One call per candidate: the part as autograd runs it, on the call's own tensors."""
-    where, dtype = tensors.x.device, problem.dtype
-    x, weight, lora_A, lora_B, bias = (None if t is None else t.detach().to(dtype) for t in tensors)
-    assert x is not None and weight is not None and lora_A is not None and lora_B is not None
-    generator = torch.Generator(where).manual_seed(0)
-    dy = s = None
-    if part != "forward":
-        dy = torch.randn(problem.M, problem.N, dtype=dtype, device=where, generator=generator)
-        s = torch.randn(problem.M, problem.R, dtype=dtype, device=where, generator=generator)
-    saved = Saved(x, s, weight, lora_A, lora_B)
-
-    def run(option: Option) -> object:
-        call = _call(problem, part, option, tensors, generator)
-        with torch.no_grad():
-            if dy is None:
-                return lora_forward(call, x, weight, lora_A, lora_B, bias)
-            return lora_backward(call, dy, saved)
-
-    return {option.name: functools.partial(run, option) for option in candidates}
-
-
-def _call(
-    problem: Problem, part: str, option: Option, tensors: Tensors, generator: torch.Generator
-) -> Call:
-    config = option.config()
-    needs = {"dx": {"x"}, "reduce": {"lora_A", "lora_B"}}
-    wanted = frozenset(needs.get(part, ()))
-    x, where = tensors.x, tensors.x.device
-    y_shape = (*x.shape[:-1], problem.N)
-    dtypes = (problem.dtype,) * 4
-    route = Route(problem, config, problem.dtype, False, wanted, tuple(x.shape), y_shape, dtypes)
-    if not problem.dropout:
-        return Call(route, 1.0)
-    if option.is_library or problem.given_mask:
-        keep = torch.empty(problem.M, problem.K, dtype=torch.bool, device=where)
-        return Call(route, 1.0, keep=keep.bernoulli_(0.9, generator=generator))
-    seed = torch.ones((), dtype=torch.int64, device=where)
-    return Call(route, 1.0, Mask(1 if where.type == "cpu" else seed, _TRIAL_DROPOUT))

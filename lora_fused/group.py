@@ -64,7 +64,7 @@ def lora_linear_group(
     x = x.to(calls[0].route.compute)
     params = [t for m in members for t in m.params]
     if not group_hook.only_stacks(calls[0]):
-        route = group_hook.group_route(x, calls, backend)
+        route = group_hook.group_route(x, calls, params, backend)
         if route is not None and route.needs:
             return list(group_hook.FusedGroupFunction.apply(x, route, calls, *params))
         if route is not None:

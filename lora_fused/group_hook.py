@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,9 @@ def only_stacks(call: Call) -> bool:
     return route.problem.device is None and route.config.backend in ("cpu", "torch")
 
 
-def group_route(x: Tensor, calls: Sequence[Call], backend: str) -> Route | None:
+def group_route(
+    x: Tensor, calls: Sequence[Call], params: Sequence[Tensor | None], backend: str
+) -> Route | None:
     """How to run the whole group at once; None where its members are run one after the other."""
     if len(calls) < 2 or any(call.route.problem.R == 0 for call in calls):
         return None
@@ -55,7 +58,7 @@ def group_route(x: Tensor, calls: Sequence[Call], backend: str) -> Route | None:
     known = _routes.get(key)
     if known is not None and all(a is b for a, b in zip(known[0], routes, strict=True)):
         return known[1]
-    route, final = _find_route(x, routes, backend)
+    route, final = _find_route(x, routes, params, backend)
     if final:
         if len(_routes) >= _MAX_ROUTES:
             _routes.clear()
@@ -63,13 +66,20 @@ def group_route(x: Tensor, calls: Sequence[Call], backend: str) -> Route | None:
     return route
 
 
-def _find_route(x: Tensor, routes: list[Route], backend: str) -> tuple[Route | None, bool]:
+def _find_route(
+    x: Tensor, routes: list[Route], params: Sequence[Tensor | None], backend: str
+) -> tuple[Route | None, bool]:
     """The route of the group and whether it is the last word on it."""
     first, problem = routes[0], _group_problem([route.problem for route in routes])
     if problem.device is None:
         config, final = dispatch.choose(problem, backend), True
     else:
-        config, final = dispatch.choose_on_gpu(problem, backend, x)
+        from lora_fused import gpu_trial
+
+        parts = [params[i : i + PARAMS] for i in range(0, len(params), PARAMS)]
+        layers = [gpu_trial.Tensors(x, *part) for part in parts]  # type: ignore[arg-type]
+        trial = partial(gpu_trial.runs_of_group, problem, layers)
+        config, final = dispatch.choose_on_gpu(problem, backend, x.device, trial)
     used = (config.forward, config.dx) if "x" in problem.needs else (config.forward,)
     if "library" in used or not hasattr(BACKENDS[config.backend], "group_forward"):
         return None, final

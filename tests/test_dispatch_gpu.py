@@ -441,24 +441,62 @@ def test_a_disk_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path
 # --- what surrounds it --------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("gpu")
-def test_a_group_is_run_as_one_or_member_by_member(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_tuning, "stopwatch", Clock(0.001, shrink_matmul=0.0001))
+def group_call(dropout_p: float = 0.2) -> list[torch.Tensor]:
     torch.manual_seed(0)
     x = torch.randn(24, 64, dtype=torch.bfloat16, requires_grad=True)
     group = [
         LoRAWeights(torch.randn(n, 64, dtype=x.dtype) / 8, torch.randn(8, 64, dtype=x.dtype) / 8,
-                    torch.randn(n, 8, dtype=x.dtype), 1.5, dropout_p=p)
-        for n, p in ((48, 0.0), (32, 0.2))
+                    torch.randn(n, 8, dtype=x.dtype).requires_grad_(), 1.5, dropout_p=p)
+        for n, p in ((48, 0.0), (32, dropout_p))
     ]  # fmt: skip
-    for y in lora_linear_group(x, group):
-        y.sum().backward(retain_graph=True)
-    assert "group_forward" in fake_backend.calls and "group_backward" in fake_backend.calls
-    monkeypatch.delattr(fake_backend, "group_forward")
-    forget()
+    ys = lora_linear_group(x, group)
+    torch.autograd.backward([y.sum() for y in ys])
+    assert x.grad is not None and all(m.lora_B.grad is not None for m in group)
+    return ys
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_a_group_is_run_as_one_where_that_is_faster(
+    dropout_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(0.001, group=0.0001, shrink_matmul=0.0002, reduce=0.0002)
+    monkeypatch.setattr(gpu_tuning, "stopwatch", clock)
+    group_call(dropout_p)
+    timed = clock.runs
     fake_backend.calls.clear()
-    assert [y.shape[-1] for y in lora_linear_group(x, group)] == [48, 32]
-    assert "group_forward" not in fake_backend.calls
+    group_call(dropout_p)
+    assert fake_backend.calls == ["group_forward", "group_backward"] and clock.runs == timed
+    keys = [answer["key"] for answer in gpu_store.answers(DEVICES["H100"], "timing")]
+    assert sum("48r8 32r8" in key for key in keys) == 3
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("fault", ["slow", "wrong", "missing"])
+def test_a_group_is_run_layer_by_layer_where_its_launches_are_no_good(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = {"group": 0.002, "shrink_matmul": 0.0002, "reduce": 0.0002}
+    monkeypatch.setattr(gpu_tuning, "stopwatch", Clock(0.001, **times))
+    if fault == "missing":
+        monkeypatch.delattr(fake_backend, "group_forward")
+    original = fake_backend.group_forward if fault == "wrong" else None
+
+    def wrong(*args):  # type: ignore[no-untyped-def]
+        ys, s = original(*args)  # type: ignore[misc]
+        ys[-1][0, 0] += 3
+        return ys, s
+
+    if fault == "wrong":
+        monkeypatch.setattr(fake_backend, "group_forward", wrong)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        group_call()
+    fake_backend.calls.clear()
+    ys = group_call()
+    assert [y.shape[-1] for y in ys] == [48, 32]
+    assert not {"group_forward", "group_backward"} & set(fake_backend.calls)
+    assert "shrink_matmul forward" in fake_backend.calls
 
 
 def test_the_library_draws_its_mask_on_a_gpu() -> None:

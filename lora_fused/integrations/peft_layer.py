@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor
 
 from lora_fused.dispatch import route_for
-from lora_fused.explain import LayerReport, needs_of, of_this_rank
+from lora_fused.explain import LayerReport, gpu_lines, needs_of, of_this_rank
 from lora_fused.group import LoRAWeights
 from lora_fused.integrations.acceleration import Acceleration
 from lora_fused.integrations.group_window import Member, call_in_group, facts_of
@@ -79,4 +79,5 @@ class FusedLinear(Linear):
         dropout, backend = drops(layer, adapters[0]), self._lora_fused.options.backend
         parts = of_this_rank(x, weight, lora_A, lora_B, bias)
         route = route_for(*parts, dropout, backend, needs=needs)
-        return LayerReport(name, "lora.Linear", route.problem, route.config, route.config.notes)
+        why = route.config.notes + gpu_lines(route.problem, route.config, x.device, backend)
+        return LayerReport(name, "lora.Linear", route.problem, route.config, why)
