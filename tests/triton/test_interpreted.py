@@ -17,7 +17,7 @@ def run_interpreted(marker: str) -> None:
     """pytest on interpreted/; one thread, as OpenBLAS is slower with more on small tiles."""
     threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", marker, "tests/triton/interpreted"],
+        [sys.executable, "-m", "pytest", "-m", marker, "tests/triton/interpreted"],
         env={**os.environ, **threads, "TRITON_INTERPRET": "1"},
         cwd=ROOT,
         capture_output=True,

@@ -41,7 +41,7 @@ def test_the_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "reason"), [(None, "not installed"), ((3, 3), "triton is 3.3"), ((3, 4), "")]
+    ("version", "reason"), [(None, "not installed"), ((3, 6), "triton is 3.6"), ((3, 7), "")]
 )
 def test_versions(
     version: tuple[int, int] | None, reason: str, monkeypatch: pytest.MonkeyPatch

@@ -26,7 +26,7 @@ __all__ = [
     "reduce_pair", "shrink", "shrink_matmul", "shrink_reduce", "takes_wide_adapters",
 ]  # fmt: skip
 
-MIN_VERSION = (3, 4)
+MIN_VERSION = (3, 7)  # 3.6 cannot hand a tuple with None in it to a device function
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_SIZE = 1 << 30  # the kernels count in 32 bits, offsets in 64
 

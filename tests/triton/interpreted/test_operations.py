@@ -199,3 +199,12 @@ def test_columns_of_a_stacked_s() -> None:
 
 def test_rank_blocks() -> None:
     assert [rank_block(R) for R in (1, 16, 17, 48, 64, 512)] == [16, 16, 32, 64, 64, 64]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(512, 512, 512, 64), (300, 1030, 260, 130)], ids=names)
+def test_large(shape: tuple[int, ...], dropout_p: float) -> None:
+    """Several tiles in every direction, groups of rows among them."""
+    case = make_case(*shape, torch.bfloat16, bias=True, dropout_p=dropout_p)
+    check_operations(case, route_of(case))
