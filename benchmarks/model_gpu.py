@@ -165,7 +165,7 @@ def _goal_candidates(device: Device) -> Iterator[Candidate]:
 
 
 def peft_us(rates: Rates, problem: Problem, direction: str) -> float:
-    """PEFT's operations one by one: base, dropout, A, B, scaling, sum; and their gradients."""
+    """PEFT's operations base, dropout, A, B, times scaling, plus; or their gradients."""
     forward, dx = work_of(problem, "forward"), work_of(problem, "dx")
     x, y = forward.x_bytes, forward.y_bytes
     if direction == "forward":

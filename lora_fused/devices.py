@@ -111,6 +111,17 @@ _SLOWEST_BANDWIDTH = 0.3e12
 _USUAL_CLOCK = 1.5e9
 
 
+def tf32_is_allowed() -> bool:
+    """Whether torch lets float32 GEMMs on GPUs round their inputs to TF32, set either way.
+
+    NOTE: torch's older switch raises once the newer one (torch 2.9) was used.
+    """
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return bool(matmul.fp32_precision == "tf32")
+    return bool(matmul.allow_tf32)
+
+
 def gpu_of(x: torch.Tensor) -> Device | None:
     """The GPU that a tensor is on; None elsewhere."""
     return device_of(x.device) if x.is_cuda else None

@@ -32,7 +32,6 @@ from lora_fused.devices import DEVICES
 from lora_fused.request import facts, gpu_facts, problem_of
 
 _MAX_ROUTES = 4096
-_NOT_ON_GPU = (True, False)
 _routes: dict[Any, Route] = {}
 _forced: list[Config] = []
 _also_forget: list[Callable[[], None]] = []
@@ -57,11 +56,11 @@ def route_for(
     dtype already, and the weight may have another. given_mask: the caller drew the dropout mask.
     Raises what checks.check_call raises.
     """
-    on_gpu = gpu_facts(x, weight, lora_A, lora_B) if x.is_cuda else _NOT_ON_GPU
+    on_gpu = (*gpu_facts(x, weight, lora_A, lora_B), given_mask) if x.is_cuda else None
     key = (
         facts(x), facts(weight), weight.stride(), facts(lora_A), facts(lora_B), facts(bias),
         dropout, backend, None if packed is None else packed.dtype, needs, cast_weight,
-        given_mask, on_gpu,
+        on_gpu,
         torch.is_grad_enabled(), torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
         checks.compute_dtype(x) if torch._C._is_any_autocast_enabled() else None,
@@ -71,7 +70,7 @@ def route_for(
         if len(_routes) >= _MAX_ROUTES:
             _routes.clear()
         params = (weight, lora_A, lora_B, bias)
-        problem = problem_of(x, params, dropout, packed, needs, cast_weight, given_mask, on_gpu)
+        problem = problem_of(x, params, dropout, packed, needs, cast_weight, on_gpu)
         if problem.device is None:
             config, final = choose(problem, backend), True
         else:

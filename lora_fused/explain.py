@@ -18,6 +18,7 @@ from lora_fused.dispatch import (
     resolve_backend,
     route_for,
 )
+from lora_fused.functional import is_distributed
 from lora_fused.linear import FusedLoRALinear
 from lora_fused.reference import dropout_threshold
 
@@ -136,11 +137,30 @@ def _report(name: str, layer: Any, x: Tensor) -> LayerReport:
     lora_A, lora_B = (None, None) if plain else layer.adapter()
     dropout = not plain and layer.training and dropout_threshold(layer.lora_dropout) > 0
     route = route_for(
-        x, weight, lora_A, lora_B, layer.bias, dropout, layer.backend, pack, _needs(layer, plain)
-    )
+        *of_this_rank(x, weight, lora_A, lora_B, layer.bias), dropout, layer.backend, pack,
+        _needs(layer, plain),
+    )  # fmt: skip
     why = _why(layer, route.problem, route.config)
     why += gpu_lines(route.problem, route.config, x.device, layer.backend)
     return LayerReport(name, repr(layer), route.problem, route.config, why)
+
+
+def of_this_rank(
+    x: Tensor, weight: Tensor, *rest: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The operands as this rank computes with them: its parts of DTensors, others as they are.
+
+    An input of all in_features, where this rank has a slice of them, stands for its slice.
+    """
+    split = is_distributed(weight)
+    operands: list[Any] = [x, weight, *rest]
+    for i, t in enumerate(operands):
+        if t is not None and is_distributed(t):
+            operands[i] = t.to_local()
+    x, weight, lora_A, lora_B, bias = operands
+    if split and x.dim() > 0 and x.shape[-1] > weight.shape[1]:
+        x = x.narrow(-1, 0, weight.shape[1])
+    return x, weight, lora_A, lora_B, bias
 
 
 def _needs(layer: FusedLoRALinear, plain: bool) -> frozenset[str]:

@@ -97,9 +97,11 @@ def call_layer(
     if type(scale) is not float:
         checks.check_scaling(scaling)
     dropout = mask is not None or keep is not None
-    route = route_for(
-        x, weight, lora_A, lora_B, bias, dropout, backend, packed, given_mask=keep is not None
-    )
+    if keep is None:
+        route = route_for(x, weight, lora_A, lora_B, bias, dropout, backend, packed)
+    else:
+        params = (weight, lora_A, lora_B, bias)
+        route = route_for(x, *params, dropout, backend, packed, given_mask=True)
     if x.dtype != route.compute:
         x = x.to(route.compute)
     if mask is not None and seed is None and route.problem.device is not None:

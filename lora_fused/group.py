@@ -63,16 +63,17 @@ def lora_linear_group(
         return []
     x = x.to(calls[0].route.compute)
     params = [t for m in members for t in m.params]
-    route = group_hook.group_route(x, calls, backend)
-    if route is not None:
-        if route.needs:
+    if not group_hook.only_stacks(calls[0]):
+        route = group_hook.group_route(x, calls, backend)
+        if route is not None and route.needs:
             return list(group_hook.FusedGroupFunction.apply(x, route, calls, *params))
-        return group_hook.forward(route, calls, x, params)[0]
-    if any(group_hook.runs_alone(call) for call in calls):
-        return [
-            call_layer(x, *m.params, m.scaling, p, m.seed, backend)
-            for m, p in zip(members, ps, strict=True)
-        ]
+        if route is not None:
+            return group_hook.forward(route, calls, x, params)[0]
+        if any(group_hook.runs_alone(call) for call in calls):
+            return [
+                call_layer(x, *m.params, m.scaling, p, m.seed, backend)
+                for m, p in zip(members, ps, strict=True)
+            ]
     if any(call.route.needs for call in calls):
         return list(LoRALinearGroupFunction.apply(x, calls, *params))
     return _group_forward(x, calls, _stacks(calls), params)[0]

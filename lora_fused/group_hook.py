@@ -40,13 +40,14 @@ _routes: dict[tuple[int, ...], tuple[list[Route], Route | None]] = {}
 dispatch.also_forget(_routes.clear)
 
 
+def only_stacks(call: Call) -> bool:
+    """Whether a member is where no group is ever run as one: on a CPU, by its own backends."""
+    route = call.route
+    return route.problem.device is None and route.config.backend in ("cpu", "torch")
+
+
 def group_route(x: Tensor, calls: Sequence[Call], backend: str) -> Route | None:
     """How to run the whole group at once; None where its members are run one after the other."""
-    first = calls[0].route
-    if first.problem.device is None and not hasattr(
-        BACKENDS[first.config.backend], "group_forward"
-    ):
-        return None
     if len(calls) < 2 or any(call.route.problem.R == 0 for call in calls):
         return None
     routes = [call.route for call in calls]

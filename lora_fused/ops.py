@@ -180,8 +180,9 @@ def _register_autocast(device_type: str) -> None:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def kernel(_: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        x = x.to(compute_dtype(x))
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return _LORA_LINEAR(x.to(compute_dtype(x)), *args)
+            return _LORA_LINEAR(x, *args)
 
     _LIBRARY.impl("lora_linear", kernel, key, with_keyset=True)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_fused import checks
 from lora_fused.backends.cpu import PackedWeight
 from lora_fused.config import GRADIENT_NAMES, Problem
-from lora_fused.devices import gpu_of
+from lora_fused.devices import gpu_of, tf32_is_allowed
 
 
 def facts(t: Tensor | None) -> Any:
@@ -23,13 +23,15 @@ def facts(t: Tensor | None) -> Any:
 
 def gpu_facts(x: Tensor, *params: Tensor | None) -> tuple[bool, bool]:
     """Whether all rows are aligned, and whether float32 may be TF32."""
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = x.dtype == torch.float32 and tf32_is_allowed()
     return are_aligned(x, *params), tf32
 
 
 def are_aligned(*tensors: Tensor | None) -> bool:
     """Whether every row begins at a multiple of 16 bytes, as wide loads and TMA want it."""
     for t in tensors:
+        if t is not None and not _is_plain(t):
+            return False
         if t is not None and t.numel() > 0:
             strides = [stride for stride in t.stride() if stride != 1]
             if any((stride * t.element_size()) % 16 for stride in strides) or t.data_ptr() % 16:
@@ -44,10 +46,12 @@ def problem_of(
     packed: PackedWeight | None,
     needs: frozenset[str] | None,
     cast_weight: bool,
-    given_mask: bool,
-    on_gpu: tuple[bool, bool],
+    on_gpu: tuple[bool, bool, bool] | None,
 ) -> Problem:
-    """Check the call and say what it asks for."""
+    """Check the call and say what it asks for.
+
+    on_gpu: gpu_facts, and whether the caller drew the dropout mask; None elsewhere.
+    """
     weight, lora_A, _, bias = params
     compute = x.dtype if cast_weight else checks.compute_dtype(x)
     checks.check_call(x, *params, compute, cast_weight or checks.autocast_is_on(x))
@@ -56,6 +60,7 @@ def problem_of(
         wanting = (name for name, t in tensors if t is not None and t.requires_grad)
         needs = frozenset(wanting if torch.is_grad_enabled() else ())
     (N, K), stride = weight.shape, weight.stride()
+    aligned, tf32, given_mask = (True, False, False) if on_gpu is None else on_gpu
     return Problem(
         M=math.prod(x.shape[:-1]),
         K=K,
@@ -73,8 +78,8 @@ def problem_of(
         threads=torch.get_num_threads(),
         deterministic=torch.are_deterministic_algorithms_enabled(),
         device=gpu_of(x),
-        aligned=on_gpu[0],
-        tf32=on_gpu[1],
+        aligned=aligned,
+        tf32=tf32,
         given_mask=given_mask,
     )
 

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_fused.devices import DEVICES, Device, from_properties
+from lora_fused.devices import DEVICES, Device, from_properties, tf32_is_allowed
+from lora_fused.request import are_aligned
 
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132,
@@ -86,3 +87,27 @@ def test_an_amd_gpu(arch: str, capability: int) -> None:
     )  # fmt: skip
     assert device.kind == "hip" and device.capability == capability and device.warp_size == 64
     assert device.bandwidth == DEVICES["MI300X"].bandwidth
+
+
+def test_either_switch_for_tf32() -> None:
+    matmul = torch.backends.cuda.matmul
+    assert not tf32_is_allowed()
+    try:
+        matmul.allow_tf32 = True
+        assert tf32_is_allowed()
+        matmul.allow_tf32 = False
+        assert not tf32_is_allowed()
+        if hasattr(matmul, "fp32_precision"):
+            matmul.fp32_precision = "tf32"
+            assert tf32_is_allowed()
+    finally:
+        if hasattr(matmul, "fp32_precision"):
+            matmul.fp32_precision = "none"
+        matmul.allow_tf32 = False
+
+
+def test_alignment() -> None:
+    t = torch.zeros(8, 64, dtype=torch.bfloat16)
+    assert are_aligned(t, None, t.t(), t[:, :60][:, ::1], torch.zeros(0, 3))
+    assert not are_aligned(t[:, 1:]) and not are_aligned(torch.zeros(4, 5))
+    assert not are_aligned(t.as_subclass(type("Sub", (torch.Tensor,), {})))

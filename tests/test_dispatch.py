@@ -298,7 +298,8 @@ def test_a_trial_of_strategies(empty_cache: FilePath, direction: str, prepacked:
 
 
 def a_cpu(vendor: str, isa: str, *flags: str) -> cpu.CpuInfo:
-    return cpu.CpuInfo(isa, vendor, 6, 1, "a CPU", frozenset(flags))
+    family = {"GenuineIntel": 6, "AuthenticAMD": 25}[vendor]
+    return cpu.CpuInfo(isa, vendor, family, 1, "a CPU", frozenset(flags))
 
 
 TILES = a_cpu(
@@ -323,10 +324,12 @@ OLD = a_cpu("AuthenticAMD", "avx2", "avx2")
         (TILES, torch.float16, 512, True, ("own", "own")),
         (TILES_FORCED_LOWER, torch.bfloat16, 1, False, ("own", "own")),
         (TILES_FORCED_LOWER, torch.bfloat16, 512, True, ("library", "library")),
-        (ZEN4, torch.bfloat16, 16, True, ("own", "own")),
-        (ZEN4, torch.bfloat16, 512, False, ("hybrid", "hybrid")),
+        (ZEN4, torch.bfloat16, 4, True, ("own", "own")),
+        (ZEN4, torch.bfloat16, 16, True, ("packed", "packed")),
+        (ZEN4, torch.bfloat16, 512, False, ("own", "own")),
         (ZEN4, torch.bfloat16, 512, True, ("packed", "packed")),
         (ZEN4, torch.float32, 512, False, ("own", "own")),
+        (ZEN4, torch.float16, 16, True, ("packed", "packed")),
         (OLD, torch.float32, 512, True, ("packed", "packed")),
     ],
 )
@@ -361,9 +364,10 @@ def test_only_unmeasured_cpus_are_timed(
     empty_cache: FilePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = Problem(8, 64, 64, 4, torch.float32)
-    cpu_rule.choose_cpu(problem, TILES)
+    for measured in (TILES, ZEN4):
+        cpu_rule.choose_cpu(problem, measured)
     assert not timing_files()
-    unknown = dataclasses.replace(OLD, isa=native_isas()[-1])
+    unknown = dataclasses.replace(OLD, family=23, isa=native_isas()[-1])
     config = cpu_rule.choose_cpu(problem, unknown)
     assert sorted(p.read_text() for p in timing_files()) == sorted((config.forward, config.dx))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
 
-from lora_fused import FusedLoRALinear
+from lora_fused import FusedLoRALinear, explain
 from lora_fused.distributed import ColwiseLoRA, RowwiseLoRA
 from lora_fused.reference import keep_mask
 from tests.processes import World
@@ -252,3 +252,42 @@ def training() -> None:
 
 def test_training_gives_the_same_losses(world: World) -> None:
     world.run(training)
+
+
+def explained() -> list[str]:
+    model = split(MLP())
+    return [str(layer.problem) for layer in explain(model, torch.randn(3, WIDTH)).layers]
+
+
+def test_explain_speaks_of_what_this_rank_computes(world: World) -> None:
+    half = HIDDEN // 2
+    up, down = world.run(explained)[0]
+    assert up.startswith(f"M=3 K={WIDTH} N={half} R={RANK} ")
+    assert down.startswith(f"M=3 K={half} N={WIDTH} R={RANK} ")
+
+
+def compiled_dropout() -> None:
+    model, x = split(MLP(lora_dropout=0.5)), inputs(2, 4)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(5)
+    expected = step(model, x)
+    model.zero_grad()
+    torch.manual_seed(5)
+    for got, want in zip(step(model, x, compiled), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_dropout(world: World) -> None:
+    world.run(compiled_dropout)
+
+
+def prepacked() -> None:
+    """Splitting reads the weight, which ends the pack."""
+    model, x = MLP(), inputs(3)
+    expected = model(x)
+    model.up.prepack()
+    torch.testing.assert_close(split(model)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prepacked_layer_can_be_split(world: World) -> None:
+    world.run(prepacked)

@@ -179,6 +179,24 @@ def test_sharding_rules_of_the_operators(world: World, kind: str) -> None:
     world.run(operator_gradients, kind)
 
 
+def operator_dropout(kind: str) -> None:
+    """A seed means the mask of one process, whatever the placements."""
+    case, mesh = make_case(12, 24, 20, 5), mesh_of(2)
+    values = {**vars(case), "x": case.x.view(2, -1, 24)}
+    plain = [values[name] for _, name in FOUR]
+    options = (None, torch.tensor(5), 2.0, 0.5, "auto")
+    expected = torch.ops.lora_fused.lora_linear(*plain, *options)
+    tensors = [distribute_tensor(t, mesh, [PLACEMENTS[kind][i]]) for i, t in enumerate(plain)]
+    got = torch.ops.lora_fused.lora_linear(*tensors, *options)
+    for tensor, want in zip(got, expected, strict=True):
+        torch.testing.assert_close(tensor.full_tensor(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "column", "row"])
+def test_a_seed_means_one_mask_for_the_operator(world: World, kind: str) -> None:
+    world.run(operator_dropout, kind)
+
+
 def errors() -> None:
     case, mesh = make_case(12, 24, 20, 5), mesh_of(2)
     x, w, a, b = (distribute_tensor(vars(case)[n], mesh, [R]) for _, n in FOUR)

@@ -77,6 +77,22 @@ def test_skinny_operations_with_any_strides(
             check("db", db, lambda x, ds: x.t() @ ds, x, ds)
 
 
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("layout", ["contiguous", "columns", "strided"])
+def test_gradients_of_many_tokens_from_dy_with_any_strides(
+    isa: str, dtype: torch.dtype, layout: str
+) -> None:
+    """Several blocks of tokens: what one block leaves in scratch memory must be there for the next."""
+    M, N, R = 150, 4200, 6
+    dy = place(normal(M, N, dtype, 1, N), layout)
+    b, s = normal(N, R, dtype, 2), normal(M, R, dtype, 3, M)
+    ds, db = shrink_reduce(isa, dy, b, s, db_dtype=torch.float32)
+    assert ds is not None and db is not None
+    check("ds", ds, lambda dy, b: dy @ b, dy, b)
+    check("db", db, lambda dy, s: dy.t() @ s, dy, s)
+
+
 def poisoned(t: Tensor, row: int, col: int, value: float) -> Tensor:
     t = t.clone()
     t[row, col] = value

@@ -174,3 +174,33 @@ def test_inside_a_parallel_region_a_call_starts_no_threads() -> None:
         OMP_NUM_THREADS="1",  # torch starts none of its own, which would be counted
     )
     assert int(counts) == 4, "outside of a region the pool grows from 2 threads to 6"
+
+
+NO_MEMORY_IN_A_WORKER = """
+    import re, resource
+    from pathlib import Path
+
+    import torch
+    from tests.native import ISAS, normal, shrink
+
+    x, a = normal(40, 1 << 18, torch.float32, 1), normal(8, 1 << 18, torch.float32, 2)
+    expected = shrink(ISAS[-1], x, a, threads=1)  # the caller has all the scratch it needs
+    shrink(ISAS[-1], x[:, :64], a[:, :64], threads=2)  # the worker exists
+    used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), before[1]))
+    try:
+        shrink(ISAS[-1], x, a, threads=2)
+        message = "it had enough memory"
+    except MemoryError:
+        message = "MemoryError"
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    assert torch.equal(shrink(ISAS[-1], x, a, threads=2), expected)
+    print(message)
+"""
+
+
+def test_a_worker_without_memory_raises_memory_error() -> None:
+    """An exception that left an OpenMP region would end the process; a thread that left early would
+    leave the others waiting at a barrier."""
+    assert run_python(NO_MEMORY_IN_A_WORKER).strip() == "MemoryError"

@@ -2,7 +2,7 @@
 //
 // in one or two segments of the contraction (the second is the rank), c with `ldc` floats from row to row.
 //
-// c is a sum of short chains (kSumWords): the rounding error grows with the chain, not with K.
+// c is a sum of short chains (chain_words): the rounding error grows with the chain, not with K.
 #pragma once
 
 #include "pack.h"
@@ -43,11 +43,14 @@ LORA_FUSED_INLINE void add_words(const Segment& segment, i64 first, i64 last, Ve
   }
 }
 
-// Words that one chain of additions spans. NOTE: the rounding error grows with the chain; 64 keeps fp32
-// within that of the vendor's GEMM at every shape (for few rows its chains are that short). Sums of bf16
-// pairs are rounded to bf16, where a longer chain does not show.
+// Words that one chain of additions spans. NOTE: the rounding error grows with the chain, and with the number
+// of chains; these keep fp32 within that of the vendor's GEMM, whose chains are short where rows are few.
+// Sums of bf16 pairs are rounded to bf16, where a longer chain does not show.
 template <bool kPairs>
-constexpr i64 kSumWords = kPairs ? 512 : 64;
+LORA_FUSED_INLINE i64 chain_words(i64 words) {
+  if (kPairs) return 512;
+  return words <= 640 ? 32 : 64;
+}
 
 template <int kRows, int kVectors>
 LORA_FUSED_INLINE void flush(Vec (&sum)[kRows][kVectors], float* c, i64 ldc, bool accumulate) {
@@ -68,14 +71,20 @@ static void vector_tile(const Segment& first, const Segment& second, float* c, i
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sum[i][v] = vec_zero();
-  i64 w = 0;
-  for (; w + kSumWords<kPairs> < first.words; w += kSumWords<kPairs>) {
-    add_words<kPairs>(first, w, w + kSumWords<kPairs>, sum);
-    flush(sum, c, ldc, accumulate || w > 0);
-  }
-  add_words<kPairs>(first, w, first.words, sum);
-  add_words<kPairs>(second, 0, second.words, sum);
-  flush(sum, c, ldc, accumulate || w > 0);
+  const Segment* const segments[] = {&first, &second};
+  const i64 chain = chain_words<kPairs>(first.words + second.words);
+  i64 room = chain;
+  for (const Segment* segment : segments)
+    for (i64 w = 0; w < segment->words;) {
+      if (room == 0) {
+        flush(sum, c, ldc, accumulate);
+        accumulate = true, room = chain;
+      }
+      const i64 step = min(room, segment->words - w);
+      add_words<kPairs>(*segment, w, w + step, sum);
+      w += step, room -= step;
+    }
+  flush(sum, c, ldc, accumulate);
 }
 
 using TileFunction = void (*)(const Segment&, const Segment&, float*, i64, bool);
@@ -92,6 +101,9 @@ struct VectorEngine {
   static constexpr i64 kWordPad = 1;                  // packed words come in multiples of this
   static constexpr i64 kBlockWords = 1024;            // contraction block
   static constexpr i64 kPanelBytes = i64{512} << 10;  // panels of one job: a part of the second-level cache
+  static constexpr i64 kTurnedTokens = 512;           // at most: see turn() in run.cpp
+  // Rows up to which b is read where it is, along or across the contraction: see small.h.
+  static constexpr i64 kDotRows = 8, kAxpyRows = kPairs ? 4 : 16;
 
   static void begin() {}
   static void end() {}
@@ -132,6 +144,8 @@ struct AmxEngine {
   // NOTE: loading and storing the sums of a block costs as much as 8 of its steps do: few, long blocks.
   static constexpr i64 kBlockWords = 2048;
   static constexpr i64 kPanelBytes = i64{768} << 10;
+  static constexpr i64 kTurnedTokens = 0;  // not measured
+  static constexpr i64 kDotRows = 4, kAxpyRows = 4;
 
   // All eight tile registers: 16 rows of 64 bytes.
   static void begin() {

@@ -46,35 +46,41 @@ static void write_rows(const Gemm& g, i64 m, i64 count, i64 col0, i64 cols, cons
   }
 }
 
-// A row of the sums is a column in memory: db, stored [N, R], is computed as its transpose. No bias, no
-// accumulation.
 template <class Y>
+LORA_FUSED_INLINE void write_column(const Gemm& g, Y* y, Vec v, i64 n) {
+  if (g.y.row_stride == 1) {
+    if (g.accumulate) v = vec_add(v, vec_load_part(y, n));
+    return vec_store_part(y, v, n);
+  }
+  Y out[kLanes];
+  vec_store(out, v);
+  for (i64 r = 0; r < n; ++r) y[r * g.y.row_stride] = out[r];
+}
+
+// Rows of the sums that are columns in memory: a turned product, or db, stored [N, R], as its transpose.
+template <class T, class Y>
 static void write_columns(const Gemm& g, i64 m, i64 count, i64 col0, i64 cols, const float* sum, i64 pitch) {
-  for (i64 c = 0; c < cols; c += kLanes)
-    for (i64 i = 0; i < count; i += kLanes) {
+  const T* bias = g.turned && g.bias ? static_cast<const T*>(g.bias) + m : nullptr;
+  for (i64 i = 0; i < count; i += kLanes) {
+    const i64 n = min(kLanes, count - i);
+    const Vec added = bias ? vec_load_part(bias + i, n) : vec_zero();
+    for (i64 c = 0; c < cols; c += kLanes) {
       Words lanes[kLanes];
       for (int j = 0; j < kLanes; ++j)
         lanes[j] = i + j < count ? words_load(sum + (i + j) * pitch + c) : words_zero();
       transpose(lanes);
-      const i64 n = min(kLanes, count - i);
       for (i64 j = 0; j < min(kLanes, cols - c); ++j) {
         Y* y = static_cast<Y*>(g.y.data) + (m + i) * g.y.row_stride + (col0 + c + j) * g.y.col_stride;
-        const Vec v = vec_mul(words_as_vec(lanes[j]), vec_set1(g.scale));
-        if (g.y.row_stride == 1) {
-          vec_store_part(y, v, n);
-        } else {
-          Y out[kLanes];
-          vec_store(out, v);
-          for (i64 r = 0; r < n; ++r) y[r * g.y.row_stride] = out[r];
-        }
+        write_column(g, y, vec_fma(words_as_vec(lanes[j]), vec_set1(g.scale), added), n);
       }
     }
+  }
 }
 
 template <class T, class Y>
 static void write_as(const Gemm& g, i64 m, i64 count, i64 col0, i64 cols, const float* sum, i64 pitch) {
-  if (g.y.col_stride == 1) return write_rows<T, Y>(g, m, count, col0, cols, sum, pitch);
-  write_columns<Y>(g, m, count, col0, cols, sum, pitch);
+  if (g.y.col_stride == 1 && !g.turned) return write_rows<T, Y>(g, m, count, col0, cols, sum, pitch);
+  write_columns<T, Y>(g, m, count, col0, cols, sum, pitch);
 }
 
 // Writes rows m..m+count, columns col0..col0+cols of y from sums whose rows are `pitch` floats apart (whole

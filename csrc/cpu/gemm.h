@@ -8,6 +8,10 @@
 //                                              block: finish
 //   finish appends the rank-R term as R more contraction steps and writes y, rounded once
 //
+// Few tokens against a weight that lies along the contraction: the product is turned (see turn() in run.cpp),
+// so that a is the weight, whose rows are read or copied as they are, and b the few tokens, packed for all.
+// A job is then a group of rows of a, all columns.
+//
 // Threads split the jobs; the order of every sum depends on the shapes alone, so results do not depend on
 // threads.
 #pragma once
@@ -20,6 +24,7 @@
 namespace lora_fused::LORA_FUSED_ISA {
 
 constexpr i64 kMaxPackedRows = i64{8} << 20;  // bytes
+constexpr i64 kTurnedRows = 112;  // rows of a job of a turned product: whole tiles, and whole vectors of y
 constexpr i64 kRowPitchPad = 16;  // words; keeps equal columns of different rows out of one cache set
 
 // Words of a contraction of k elements, padded for the engine.
@@ -45,21 +50,22 @@ class GemmRun {
     pitch = words + kRowPitchPad;
     rank_pitch = rank_words + kRowPitchPad;
     const i64 fitting = kMaxPackedRows / (pitch * 4) / Engine::kRows * Engine::kRows;
-    chunk = min(max(fitting, Engine::kRows), round_up(g.M, Engine::kRows));
+    chunk = g.turned ? g.M : min(max(fitting, Engine::kRows), round_up(g.M, Engine::kRows));
     // Tiles read kRows rows whatever they keep, hence the room behind the last one.
-    rows =
-        static_cast<u32*>(scratch(Slot::rows, static_cast<std::size_t>((chunk + Engine::kRows) * pitch) * 4));
+    if (!g.turned)
+      rows = static_cast<u32*>(
+          scratch(Slot::rows, static_cast<std::size_t>((chunk + Engine::kRows) * pitch) * 4));
     rank_rows = static_cast<u32*>(
         scratch(Slot::rank_rows, static_cast<std::size_t>((chunk + Engine::kRows) * rank_pitch) * 4));
     // One panel needs no blocks: it stays in the cache, and whole rows are read in the order of memory.
-    const i64 limit = g.N <= kPanel ? g.block_words : min(g.block_words, Engine::kBlockWords);
+    const i64 limit = g.N <= kPanel ? g.block_words : min(g.block_words, block_limit());
     blocks = max(1, ceil_div(words, limit));
     block_words = max(16, round_up(ceil_div(words, blocks), 16));
     // Few columns: packing the rows would cost more than it saves. Words must be whole and aligned as they
     // stand.
-    direct = kReadsWords && g.N <= Engine::kDirectColumns && g.a.col_stride == 1 && g.drop_a.threshold == 0 &&
-             g.K % (Engine::kWordPad * kElements) == 0 && g.a.row_stride % kElements == 0 &&
-             reinterpret_cast<std::uintptr_t>(g.a.data) % 4 == 0;
+    direct = kReadsWords && (g.turned || g.N <= Engine::kDirectColumns) && g.a.col_stride == 1 &&
+             g.drop_a.threshold == 0 && g.K % (Engine::kWordPad * kElements) == 0 &&
+             g.a.row_stride % kElements == 0 && reinterpret_cast<std::uintptr_t>(g.a.data) % 4 == 0;
     // NOTE: rows whose distance is a power of two share one set of the first-level cache (8 to 12 ways); more
     // of them than ways would evict a line before its words are used.
     tile_rows = direct ? Engine::kDirectRows : Engine::kRows;
@@ -72,28 +78,45 @@ class GemmRun {
     for (i64 m0 = 0; m0 < g.M; m0 += chunk) {
       const i64 height = height_of(m0);
       if (m0 > 0) parallel_barrier(num_threads);
-      pack_rows(m0, height, thread, num_threads);
+      parallel_step([&] { pack_rows(m0, height, thread, num_threads); });
       parallel_barrier(num_threads);
-      // Jobs are as wide as the cache holds their panels, narrower where threads would be idle; where there
-      // are too few strips, tiles are split as well, and each split packs the panels again.
-      const i64 strips = ceil_div(g.N, kStrip), tiles = ceil_div(height, tile_rows);
-      const i64 fitting = max(1, Engine::kPanelBytes / (block_words * kStrip * 4));
-      const i64 width = min(fitting, ceil_div(strips, num_threads));
-      const i64 groups = ceil_div(strips, width), splits = min(tiles, ceil_div(num_threads, groups));
-      const i64 jobs = groups * splits;
-      for (i64 job = jobs * thread / num_threads; job < jobs * (thread + 1) / num_threads; ++job) {
-        const i64 col0 = job / splits * width * kStrip, split = job % splits;
-        run_job(m0, tiles, col0, min(width * kStrip, g.N - col0), tiles * split / splits,
-                tiles * (split + 1) / splits);
-      }
+      parallel_step([&] { run_jobs(m0, height, thread, num_threads); });
     }
     Engine::end();
   }
 
  private:
-  // First row of tile t: tiles as even as they can be, or whole where the engine's rows come in larger steps.
-  LORA_FUSED_INLINE i64 tile_row(i64 t, i64 tiles, i64 height) {
-    return Engine::kRowPad > 1 ? min(t * Engine::kRows, height) : t * height / tiles;
+  void run_jobs(i64 m0, i64 height, int thread, int num_threads) {
+    const i64 strips = ceil_div(g.N, kStrip), tiles = ceil_div(height, tile_rows);
+    if (g.turned) return run_turned_jobs(tiles, thread, num_threads);
+    // Jobs are as wide as the cache holds their panels, narrower where threads would be idle; where there
+    // are too few strips, tiles are split as well, and each split packs the panels again.
+    const i64 fitting = max(1, Engine::kPanelBytes / (block_words * kStrip * 4));
+    const i64 width = min(fitting, ceil_div(strips, num_threads));
+    const i64 groups = ceil_div(strips, width), splits = min(tiles, ceil_div(num_threads, groups));
+    const i64 jobs = groups * splits;
+    for (i64 job = jobs * thread / num_threads; job < jobs * (thread + 1) / num_threads; ++job) {
+      const i64 col0 = job / splits * width * kStrip, split = job % splits;
+      run_job(m0, tiles, col0, min(width * kStrip, g.N - col0), tiles * split / splits,
+              tiles * (split + 1) / splits);
+    }
+  }
+
+  // A turned product's panels of one block, of all columns, stay in the second-level cache.
+  i64 block_limit() {
+    if (!g.turned) return Engine::kBlockWords;
+    return min(Engine::kBlockWords, max(128, Engine::kPanelBytes / (round_up(g.N, kStrip) * 4)));
+  }
+
+  void run_turned_jobs(i64 tiles, int thread, int num_threads) {
+    const i64 group = kTurnedRows / tile_rows, jobs = ceil_div(tiles, group);
+    for (i64 job = jobs * thread / num_threads; job < jobs * (thread + 1) / num_threads; ++job)
+      run_job(0, tiles, 0, g.N, job * group, min(tiles, (job + 1) * group));
+  }
+
+  // First row of tile t: tiles as even as they can be, or whole where rows come in larger steps.
+  i64 tile_row(i64 t, i64 tiles, i64 height) {
+    return Engine::kRowPad > 1 || g.turned ? min(t * tile_rows, height) : t * height / tiles;
   }
 
   void pack_rows(i64 m0, i64 height, int thread, int num_threads) {
@@ -102,6 +125,7 @@ class GemmRun {
       for (i64 i = first; i < last; ++i)
         pack_row<T, kPairs>(at<T>(g.s, m0 + i, 0), g.s.col_stride, g.R, rank_words,
                             rank_rows + i * rank_pitch);
+    if (g.turned) return;
     if (g.drop_a.threshold > 0) return pack_kept_rows(m0, first, last);
     if (g.a.row_stride == 1 && g.a.col_stride != 1)
       return pack_rows_transposed<T, kPairs>(g.a, m0 + first, last - first, g.K, words, rows + first * pitch,
@@ -123,11 +147,16 @@ class GemmRun {
   // Columns col0..col0+cols against row tiles first..last of the chunk.
   void run_job(i64 m0, i64 tiles, i64 col0, i64 cols, i64 first, i64 last) {
     const i64 strips = ceil_div(cols, kStrip), height = height_of(m0);
-    const i64 kept_tiles = blocks > 1 ? (last - first) * strips : 1;
+    const i64 row0 = tile_row(first, tiles, height), job_rows = tile_row(last, tiles, height) - row0;
+    const i64 kept_tiles = g.turned     ? strips * (kTurnedRows / Engine::kRows + 1)
+                           : blocks > 1 ? (last - first) * strips
+                                        : 1;
     float* sums =
         static_cast<float*>(scratch(Slot::accumulators, static_cast<std::size_t>(kept_tiles * kTile) * 4));
-    u32* panels = static_cast<u32*>(
-        scratch(Slot::panels, static_cast<std::size_t>(strips * block_words * kStrip) * 4 + 64));
+    u32* panels = g.packed
+                      ? nullptr
+                      : static_cast<u32*>(scratch(
+                            Slot::panels, static_cast<std::size_t>(strips * block_words * kStrip) * 4 + 64));
     const u32* rank_panels = g.R > 0 ? pack_rank_panels(col0, cols) : nullptr;
     for (i64 block = 0; block < blocks; ++block) {
       const i64 w0 = block * block_words, w = max(0, min(block_words, words - w0));
@@ -144,12 +173,17 @@ class GemmRun {
               g.packed ? g.packed + ((col0 + c0) / kPanel * words + w0) * kPanel : panels + c0 * block_words;
           const i64 panel_pitch = (g.packed ? words : block_words) * kPanel;
           const u32* strip_rank_panels = rank_panels + c0 * rank_words;
-          float* sum = sums + (blocks > 1 ? (t - first) * strips + strip : 0) * kTile;
+          float* sum = g.turned ? sums + (strip * kTurnedRows + row - row0) * kStrip
+                                : sums + (blocks > 1 ? (t - first) * strips + strip : 0) * kTile;
           multiply(rows_here, row, count, width, strip_panels, panel_pitch, strip_rank_panels, block, sum);
-          if (block == blocks - 1) finish(m0 + row, count, row, col0 + c0, width, strip_rank_panels, sum);
+          if (block == blocks - 1 && !g.turned)
+            finish(m0 + row, count, row, col0 + c0, width, strip_rank_panels, sum);
         }
       }
     }
+    for (i64 strip = 0; g.turned && strip < strips; ++strip)
+      write_output<T>(g, row0, job_rows, strip * kStrip, min(kStrip, cols - strip * kStrip),
+                      sums + strip * kTurnedRows * kStrip, kStrip);
   }
 
   // Asks for ready-made panels. NOTE: a few panels side by side, because one stream alone does not fill the
@@ -191,7 +225,19 @@ class GemmRun {
       return {reinterpret_cast<const u32*>(at<T>(g.a, m0 + row, w0 * kElements)), g.a.row_stride / kElements,
               nullptr, w, follows ? reinterpret_cast<const u32*>(at<T>(g.a, m0 + next, 0)) : nullptr};
     }
+    if (g.turned) return copied_rows(row, count, w0, w);
     return {rows + row * pitch + w0, pitch, nullptr, w, nullptr};
+  }
+
+  // One block of a tile's rows, as words whose rows do not share one set of the first-level cache.
+  Segment copied_rows(i64 row, i64 count, i64 w0, i64 w) {
+    const i64 copy_pitch = block_words + kRowPitchPad;
+    u32* copy =
+        static_cast<u32*>(scratch(Slot::row, static_cast<std::size_t>(Engine::kRows * copy_pitch) * 4));
+    for (i64 i = 0; i < count; ++i)
+      pack_row<T, kPairs>(at<T>(g.a, row + i, w0 * kElements), g.a.col_stride,
+                          min(w * kElements, g.K - w0 * kElements), w, copy + i * copy_pitch);
+    return {copy, copy_pitch, nullptr, w, nullptr};
   }
 
   const u32* pack_rank_panels(i64 col0, i64 cols) {

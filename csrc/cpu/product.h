@@ -17,6 +17,7 @@ struct Gemm {
   const void* bias = nullptr;
   bool accumulate = false;
   Output y;
+  bool turned = false;  // y and the operands are the transposes of what was asked: bias[m] instead of bias[n]
   i64 block_words = 1 << 20;  // at most this much contraction at a time, if less than the engine's own block
 };
 

@@ -32,14 +32,39 @@ i64 panel_words(i64 K) {
   return padded_words<Engine>(K) * kPanel;
 }
 
+Matrix transposed(const Matrix& m) { return {m.data, m.col_stride, m.row_stride}; }
+
+// Few rows of a against many columns of b, which lie along the contraction. NOTE: panels of b would be a
+// transposition of all of it, read but few times; turned, the few rows are transposed and b is read as it is.
+template <class Engine>
+bool is_turned(const Gemm& g) {
+  const bool plain = g.drop_a.threshold == 0 && g.drop_b.threshold == 0 && g.drop_rank.threshold == 0;
+  return plain && g.M <= Engine::kTurnedTokens && g.M <= g.N && g.packed == nullptr && g.b.row_stride == 1 &&
+         g.K > 0 && g.scale == 1.0f;
+}
+
+// y' = b' a' + l' s'
+Gemm turn(DType dtype, const Gemm& g, int threads) {
+  Gemm t = g;
+  t.M = g.N, t.N = g.M;
+  t.a = transposed(g.b), t.b = transposed(g.a), t.s = transposed(g.l), t.l = transposed(g.s);
+  t.y.row_stride = g.y.col_stride, t.y.col_stride = g.y.row_stride;
+  t.turned = true;
+  u32* panels =
+      static_cast<u32*>(scratch(Slot::turned, static_cast<std::size_t>(packed_bytes(dtype, g.K, g.M))));
+  pack(dtype, {g.K, g.M, t.b, panels, threads});
+  t.packed = panels;
+  return t;
+}
+
 }  // namespace
 
 void run(DType dtype, const Gemm& gemm, int threads) {
   with_engine(dtype, [&]<class Engine, class T>() {
     const auto go = [&](auto body) { parallel(threads, body); };
-    if (is_dot(gemm)) return go(DotRun<T, Engine::kIsPairs>(gemm));
-    if (is_axpy(gemm)) return go(AxpyRun<T>(gemm));
-    go(GemmRun<Engine, T>(gemm));
+    if (is_dot<Engine>(gemm)) return go(DotRun<T, Engine::kIsPairs>(gemm));
+    if (is_axpy<Engine>(gemm)) return go(AxpyRun<T>(gemm));
+    go(GemmRun<Engine, T>(is_turned<Engine>(gemm) ? turn(dtype, gemm, threads) : gemm));
   });
 }
 

@@ -7,7 +7,19 @@
 
 namespace lora_fused {
 
-enum class Slot : int { rows, rank_rows, panels, rank_panels, accumulators, sums, skinny, keep, row, count };
+enum class Slot : int {
+  rows,
+  rank_rows,
+  panels,
+  rank_panels,
+  accumulators,
+  sums,
+  skinny,
+  turned,
+  keep,
+  row,
+  count
+};
 
 // At least `bytes` bytes, 64-byte aligned, contents undefined, owned by the calling thread and valid until
 // its next call with the same slot. Throws std::bad_alloc.

@@ -1,8 +1,9 @@
 // Products with few rows, or with a short contraction: nothing is packed, b is read once where it is.
 //
-//   dot   b is contiguous along the contraction (forward of a few tokens, shrink): rows of a times columns of
-//   b axpy  b is contiguous along the columns (dx of a few tokens, the gradients of few tokens): sums of
-//   scaled rows of b
+//   dot:   b is contiguous along the contraction (forward of a few tokens, shrink): rows of a times columns
+//          of b
+//   axpy:  b is contiguous along the columns (dx of a few tokens, the gradients of adapters): sums of scaled
+//          rows of b
 #pragma once
 
 #include "epilogue.h"
@@ -11,21 +12,25 @@
 
 namespace lora_fused::LORA_FUSED_ISA {
 
-constexpr i64 kFewRows = 4;         // measured: from 5 rows on packing W pays
-constexpr i64 kFewSkinnyRows = 32;  // ... and from 33 on packing a skinny operand does
-constexpr i64 kSkinny = 64;         // columns of a skinny operand
+constexpr i64 kFewSkinnyRows = 32;   // measured: from 33 on packing a skinny operand pays
+constexpr i64 kSkinny = 64;          // columns of a skinny operand
+constexpr i64 kFewRowsOfPacked = 4;  // more rows take panels where they are ready-made
 constexpr i64 kShortContraction = 16;
 
+template <class Engine>
 LORA_FUSED_INLINE bool is_dot(const Gemm& g) {
-  const bool few = g.M <= kFewRows || (g.M <= kFewSkinnyRows && g.N <= kSkinny);
+  const bool few = g.M <= Engine::kDotRows || (g.M <= kFewSkinnyRows && g.N <= kSkinny);
+  if (g.packed && g.M > kFewRowsOfPacked) return false;
   const bool plain = g.drop_a.threshold == 0 && g.drop_b.threshold == 0 && g.drop_rank.threshold == 0;
   return few && plain && g.a.col_stride == 1 && g.b.row_stride == 1 && g.y.col_stride == 1 && g.K > 0 &&
          (g.R == 0 || (g.s.col_stride == 1 && g.l.row_stride == 1));
 }
 
+template <class Engine>
 LORA_FUSED_INLINE bool is_axpy(const Gemm& g) {
-  return (g.M <= kFewRows || g.K <= kShortContraction) && g.drop_a.threshold == 0 && g.b.col_stride == 1 &&
-         g.K > 0 && (g.R == 0 || g.l.col_stride == 1);
+  if (g.packed && g.M > kFewRowsOfPacked) return false;
+  return (g.M <= Engine::kAxpyRows || g.K <= kShortContraction) && g.drop_a.threshold == 0 &&
+         g.b.col_stride == 1 && g.K > 0 && (g.R == 0 || g.l.col_stride == 1);
 }
 
 LORA_FUSED_INLINE float sum_lanes(Vec v) {
@@ -42,6 +47,7 @@ template <class T, bool kPairs>
 class DotRun {
   using W = Word<T, kPairs>;
   static constexpr i64 kStep = kLanes * W::kElements;
+  static constexpr i64 kRowsAtOnce = 4;
   static constexpr i64 kColumns = 8;  // columns of b side by side: as many streams from memory
   static constexpr i64 kAhead = 512;  // bytes
   static constexpr i64 kChain =
@@ -54,9 +60,9 @@ class DotRun {
     const i64 groups = ceil_div(g.N, kColumns);
     for (i64 group = groups * thread / num_threads; group < groups * (thread + 1) / num_threads; ++group) {
       const i64 n = group * kColumns, cols = min(kColumns, g.N - n);
-      for (i64 m = 0; m < g.M; m += kFewRows) {
-        const i64 rows = min(kFewRows, g.M - m);
-        alignas(64) float out[kFewRows * kLanes] = {};
+      for (i64 m = 0; m < g.M; m += kRowsAtOnce) {
+        const i64 rows = min(kRowsAtOnce, g.M - m);
+        alignas(64) float out[kRowsAtOnce * kLanes] = {};
         if (cols == kColumns)
           by_rows<kColumns>(m, rows, n, out);
         else
@@ -75,10 +81,17 @@ class DotRun {
       case 2:
         return block<2, kCols>(m, n, out);
       case 3:
-        return block<3, kCols>(m, n, out);
+        return halves<3, kCols>(m, n, out);
       default:
-        return block<4, kCols>(m, n, out);
+        return halves<4, kCols>(m, n, out);
     }
+  }
+
+  // Half the columns at a time: the sums of all of them would not fit into the registers.
+  template <int kRows, int kCols>
+  void halves(i64 m, i64 n, float* out) {
+    constexpr int kHalf = kCols > 1 ? kCols / 2 : 1;
+    for (int c = 0; c < kCols; c += kHalf) block<kRows, kHalf>(m, n + c, out + c);
   }
 
   template <int kRows, int kCols>
@@ -141,8 +154,9 @@ class DotRun {
 template <class T>
 class AxpyRun {
   static constexpr i64 kChunk = 1024;  // columns whose sums stay in the first-level cache
-  static constexpr i64 kTerms = 16;    // rows of b side by side: as many streams from memory
+  static constexpr i64 kTerms = 32;    // rows of b side by side: as many streams from memory
   static constexpr i64 kRowsAtOnce = 4, kGroup = kLanes;
+  static constexpr i64 kAhead = 512;  // bytes
 
  public:
   explicit AxpyRun(const Gemm& gemm) : g(gemm) {}
@@ -219,27 +233,46 @@ class AxpyRun {
     }
   }
 
+  // NOTE: several vectors side by side where rows are few: one chain of additions alone would wait for
+  // itself.
   template <int kRows>
   void add_rows(const float (&factors)[kRowsAtOnce][kTerms], const T* b, i64 stride, i64 count, i64 cols,
                 float* sum, i64 pitch) {
-    for (i64 c = 0; c < cols; c += kLanes) {
-      const i64 n = min(kLanes, cols - c);
-      Vec v[kRows];
+    constexpr int kVectors = kRows == 1 ? 4 : 2;
+    i64 c = 0;
+    for (; c + kVectors * kLanes <= cols; c += kVectors * kLanes)
+      add_vectors<kRows, kVectors>(factors, b + c, stride, count, kLanes, sum + c, pitch);
+    for (; c < cols; c += kLanes)
+      add_vectors<kRows, 1>(factors, b + c, stride, count, min(kLanes, cols - c), sum + c, pitch);
+  }
+
+  // `valid`: elements of each vector that exist.
+  template <int kRows, int kVectors>
+  LORA_FUSED_INLINE void add_vectors(const float (&factors)[kRowsAtOnce][kTerms], const T* b, i64 stride,
+                                     i64 count, i64 valid, float* sum, i64 pitch) {
+    Vec v[kRows][kVectors];
 #pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) v[i] = vec_zero();
-      for (i64 t = 0; t < count; ++t) {
-        const T* p = b + t * stride + c;
-        const Vec w = n == kLanes ? vec_load(p) : vec_load_part(p, n);
-        prefetch(reinterpret_cast<const char*>(p) + 512);
+    for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-        for (int i = 0; i < kRows; ++i) v[i] = vec_fma(vec_set1(factors[i][t]), w, v[i]);
-      }
+      for (int j = 0; j < kVectors; ++j) v[i][j] = vec_zero();
+    for (i64 t = 0; t < count; ++t) {
+      const T* p = b + t * stride;
 #pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) {
-        float* to = sum + i * pitch + c;
-        vec_store(to, vec_add(vec_load(to), v[i]));
+      for (int j = 0; j < kVectors; ++j) {
+        const T* from = p + j * kLanes;
+        prefetch(reinterpret_cast<const char*>(from) + kAhead);
+        const Vec w = valid == kLanes ? vec_load(from) : vec_load_part(from, valid);
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) v[i][j] = vec_fma(vec_set1(factors[i][t]), w, v[i][j]);
       }
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        float* to = sum + i * pitch + j * kLanes;
+        vec_store(to, vec_add(vec_load(to), v[i][j]));
+      }
   }
 
   const Gemm g;

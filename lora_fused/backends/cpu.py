@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from lora_fused.backends import torch_ops
-from lora_fused.backends.cpu_rule import FEW_TOKENS
 from lora_fused.config import Mask, Problem, Route
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ALIGNMENT = 64
+_FEW_TOKENS = 16  # more never reach the kernels that want the adapter to lie as the weight does
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _own(
         panels = (packed.forward if forward else packed.dx).data_ptr()
     if bias is not None and bias.stride(0) != 1:
         bias = bias.contiguous()
-    if adapter is not None and problem.M <= FEW_TOKENS:
+    if adapter is not None and problem.M <= _FEW_TOKENS:
         adapter = _laid_out_like_weight(adapter, forward, w_sk, w_sn)
     R, *rank_term = _rank_term(s, adapter, forward)
     native().matmul(

@@ -44,6 +44,7 @@ FEW_TOKENS = 4
 """Up to here native code reads a plain weight once, straight from memory."""
 
 _MI = 1 << 20
+_ZEN_3_AND_4 = 25  # of these only Zen 4 has AVX-512
 _SERIAL_BELOW_FLOPS = 2 * _MI
 """Below this much work one thread is faster than waking the others."""
 
@@ -70,6 +71,8 @@ def thread_count(problem: Problem) -> int:
 
 
 def _is_measured(cpu: CpuInfo) -> bool:
+    if cpu.vendor == "AuthenticAMD":
+        return cpu.family == _ZEN_3_AND_4 and cpu.isa == "avx512_bf16"
     return cpu.vendor == "GenuineIntel" and "amx_bf16" in cpu.flags
 
 
@@ -85,19 +88,17 @@ def _rule(problem: Problem, cpu: CpuInfo) -> tuple[str, str]:
 
 def _by_orientation(problem: Problem, cpu: CpuInfo) -> tuple[str, str]:
     """Strategy where the weight is read along its contraction, and where it is read across."""
-    if problem.dtype == torch.float16:
+    tiles = "amx_bf16" in cpu.flags
+    if problem.dtype == torch.float32 and cpu.vendor == "GenuineIntel":
+        return _fp32_beside_mkl_along(problem), _fp32_beside_mkl_across(problem)
+    if problem.dtype == torch.float16 and tiles:
         return "own", "own"
-    if problem.dtype == torch.bfloat16:
-        if "amx_bf16" not in cpu.flags:
-            return _bf16_by_vectors(problem), _bf16_by_vectors(problem)
+    if problem.dtype == torch.bfloat16 and tiles:
         if cpu.isa == "amx_bf16":
             return _bf16_tiles_along(problem), _bf16_tiles_across(problem)
         slower = "own" if problem.M <= FEW_TOKENS else "library"
         return slower, slower
-    if cpu.vendor == "GenuineIntel":
-        return _fp32_beside_mkl_along(problem), _fp32_beside_mkl_across(problem)
-    own = "packed" if problem.prepacked else "own"
-    return own, own
+    return _by_vectors(problem), _by_vectors(problem)
 
 
 def _bf16_tiles_along(problem: Problem) -> str:
@@ -120,13 +121,9 @@ def _bf16_tiles_across(problem: Problem) -> str:
     return "own" if M <= 128 and weights <= 2 * _MI else "hybrid"
 
 
-def _bf16_by_vectors(problem: Problem) -> str:
-    """No tiles on either side. Measured with a prototype on an AMD Zen 4, not these kernels."""
-    if problem.M <= 16:
-        return "own"
-    if problem.prepacked:
-        return "packed"
-    return "hybrid" if problem.K * problem.N >= 4 * _MI else "own"
+def _by_vectors(problem: Problem) -> str:
+    """No tiles on either side: own kernels win at every size."""
+    return "packed" if problem.prepacked and problem.M > FEW_TOKENS else "own"
 
 
 def _fp32_beside_mkl_along(problem: Problem) -> str:

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from lora_fused import checks
-from lora_fused.functional import is_traced
+from lora_fused.functional import is_distributed, is_traced
 
 DISABLED = "the adapters are disabled"
 MERGED = "the adapter is merged into the base weight"
@@ -41,7 +41,10 @@ class Options:
 
 def why_not_input(x: Any, weight: Tensor, in_features: int) -> str | None:
     """Why an input is not what the fused call is made for, whatever the adapters."""
-    if type(x) is not Tensor and type(x) is not nn.Parameter:
+    if is_distributed(weight):
+        if not is_distributed(x):
+            return f"the base weight is a DTensor, the input a {type_name(x)}"
+    elif type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"the input is a {type_name(x)}, not a plain torch.Tensor"
     if x.device != weight.device:
         return "the input and the base weight are on different devices"
@@ -57,8 +60,10 @@ def why_not_input(x: Any, weight: Tensor, in_features: int) -> str | None:
     return None
 
 
-def why_no_torch_mask() -> str | None:
+def why_no_torch_mask(x: Tensor) -> str | None:
     """Why torch's own dropout mask cannot be drawn here."""
+    if is_distributed(x):
+        return "match_torch_rng does not work on DTensors"
     if is_traced() or torch._C._are_functorch_transforms_active():
         return "match_torch_rng does not work where calls are recorded or transformed"
     return None
@@ -106,8 +111,8 @@ def why_not_dropout(dropout: nn.Module) -> str | None:
 
 
 def why_not_plain(t: Tensor, what: str) -> str | None:
-    """Why a parameter is more than its values in memory."""
-    if type(t) is not nn.Parameter and type(t) is not Tensor:
+    """Why a parameter is more than its values in memory, or in the memory of a mesh."""
+    if type(t) is not nn.Parameter and type(t) is not Tensor and not is_distributed(t):
         return f"{what} is a {type_name(t)}, not a plain Parameter"
     if t.dtype not in _DTYPES:
         return f"{what} has dtype {t.dtype}"

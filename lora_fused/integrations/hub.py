@@ -111,12 +111,7 @@ def _files() -> Iterator[tuple[str, str]]:
     yield "layers.py", relocated(layer, "layers.py")
     yield "cache_home.py", _CACHE_HOME
     init = relocated((_SOURCE / "__init__.py").read_text(encoding="utf-8"), "__init__.py")
-    yield (
-        "__init__.py",
-        init.replace("from . import ops", "from . import layers, ops").replace(
-            '"__version__",', '"__version__",\n    "layers",'
-        ),
-    )
+    yield "__init__.py", init + '\nfrom . import layers\n\n__all__ += ["layers"]\n'
 
 
 def relocated(text: str, name: str) -> str:

@@ -78,12 +78,12 @@ def accelerate(
     for module in model.modules():
         if type(module) is Linear and _why_not_swappable(module) is None:
             _swap(module, options)
-        elif type(module) is FusedLinear:
+        elif isinstance(module, FusedLinear):
             module._lora_fused.options = options
     grouping.attach_all(model, group)
     report = explain(model)
     for module in model.modules():
-        if type(module) is FusedLinear:
+        if isinstance(module, FusedLinear):
             module._lora_fused.announced.update(report.not_fused.values())
     if verbose:
         print(report, file=sys.stderr)
@@ -91,10 +91,13 @@ def accelerate(
 
 
 def restore(model: nn.Module) -> None:
-    """Give every accelerated layer of a model its own class back. Nothing else had changed."""
+    """Give every accelerated layer of a model its own class back. Nothing else had changed.
+
+    Raises RuntimeError for a layer that fully_shard was called on since.
+    """
     for module in model.modules():
         grouping.detach(module)
-        if type(module) is FusedLinear:
+        if isinstance(module, FusedLinear):
             _swap_back(module)
 
 
@@ -104,16 +107,16 @@ def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
 
     Layers that were accelerated before stay so, with the options they had.
     """
-    before = {m: m._lora_fused.options for m in model.modules() if type(m) is FusedLinear}
+    before = {m: m._lora_fused.options for m in model.modules() if isinstance(m, FusedLinear)}
     groups = {m: grouping.siblings_of(m) for m in model.modules()}
     try:
         yield accelerate(model, **options)
     finally:
         for module in model.modules():
             grouping.put_back(module, groups.get(module))
-            if module in before and type(module) is FusedLinear:
+            if module in before and isinstance(module, FusedLinear):
                 module._lora_fused.options = before[module]
-            elif type(module) is FusedLinear:
+            elif isinstance(module, FusedLinear):
                 _swap_back(module)
 
 
@@ -148,7 +151,7 @@ def explain(model: nn.Module) -> Report:
     """What is fused in a model now and what is not, with the calls counted so far."""
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
     layers = tuple(_status(name, module) for name, module in found)
-    notes = _notes([m for _, m in found if type(m) is FusedLinear])
+    notes = _notes([m for _, m in found if isinstance(m, FusedLinear)])
     return Report(layers, notes, grouping.statuses(model))
 
 
@@ -158,13 +161,19 @@ def _swap(layer: Any, options: Options) -> None:
 
 
 def _swap_back(layer: Any) -> None:
+    # NOTE: fully_shard puts a subclass of its own in the place of the class.
+    if type(layer) is not FusedLinear:
+        raise RuntimeError(
+            f"restore: the layer is a {type(layer).__name__}, expected a FusedLinear: "
+            "restore before fully_shard."
+        )
     layer.__class__ = Linear
     del layer._lora_fused
 
 
 def _status(name: str, module: Any) -> LayerStatus:
-    kind = f"{type(module).__module__.split('.')[-2]}.{type(module).__name__}"
-    if type(module) is not FusedLinear:
+    kind = ".".join([*type(module).__module__.split(".")[:-1][-1:], type(module).__name__])
+    if not isinstance(module, FusedLinear):
         why = _why_not_swappable(module) or "accelerate(model) has not been called"
         return LayerStatus(name, kind, why)
     state = module._lora_fused
@@ -177,6 +186,8 @@ def _why_not_swappable(module: Any) -> str | None:
     """Why a layer cannot be accelerated, whatever its adapters are."""
     if not isinstance(module, LoraLayer):
         return "not a LoRA layer"
+    if type(module).__name__ == f"FSDP{Linear.__name__}":
+        return "fully_shard has been called on it: call accelerate before"
     if type(module) is not Linear:
         return "not exactly lora.Linear"
     if "forward" in module.__dict__:

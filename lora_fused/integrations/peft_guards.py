@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_fused.functional import is_distributed
 from lora_fused.integrations.guards import (
     Options,
     drops_now,
@@ -91,8 +92,10 @@ def why_stock_input(layer: Any, x: Any, adapters: Sequence[str], options: Option
             return "casting of the input is disabled, and the adapter has another dtype"
         if lora_A.device != x.device:
             return "the adapter is on another device than the input"
+        if is_distributed(lora_A) != is_distributed(x):
+            return "the input is a DTensor, and the adapter is not, or the reverse"
     if options.match_torch_rng and any(drops(layer, name) for name in adapters):
-        return why_no_torch_mask()
+        return why_no_torch_mask(x)
     return None
 
 

@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor
 
 from lora_fused.dispatch import route_for
-from lora_fused.explain import LayerReport, needs_of
+from lora_fused.explain import LayerReport, needs_of, of_this_rank
 from lora_fused.group import LoRAWeights
 from lora_fused.integrations.acceleration import Acceleration
 from lora_fused.integrations.group_window import Member, call_in_group, facts_of
@@ -77,5 +77,6 @@ class FusedLinear(Linear):
         weight, lora_A, lora_B, bias, _ = operands(layer, adapters)
         needs = needs_of({"weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias})
         dropout, backend = drops(layer, adapters[0]), self._lora_fused.options.backend
-        route = route_for(x, weight, lora_A, lora_B, bias, dropout, backend, needs=needs)
+        parts = of_this_rank(x, weight, lora_A, lora_B, bias)
+        route = route_for(*parts, dropout, backend, needs=needs)
         return LayerReport(name, "lora.Linear", route.problem, route.config, route.config.notes)

@@ -187,7 +187,7 @@ def _why_stock(layer: Any, x: Any) -> str | None:
     if not autocast and (lora_a.dtype != x.dtype or lora_b.dtype != x.dtype):
         return "the adapter has another dtype than the input"
     if layer._lora_fused.options.match_torch_rng and drops_now(layer.dropout):
-        return why_no_torch_mask()
+        return why_no_torch_mask(x)
     return None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_fused.backends import triton
-from lora_fused.backends.triton.candidates import Shipped
+from lora_fused.backends.triton.candidates import Shipped, takes_bias
 from lora_fused.config import Mask
 from lora_fused.reference import dropout_threshold, effective_scaling
 from lora_fused.testing import Case, assert_close_to_ref, make_case
@@ -67,9 +67,8 @@ def emulate(
 ) -> tuple[dict[str, Tensor], Emulation, Case]:
     """Run a choice on a size; its outputs are held against the reference."""
     with allowing_tf32(choice.kind == "tf32"):
-        case = make_case(
-            size.M, size.K, size.N, size.R, DTYPES[choice.kind], bias=True, dropout_p=dropout_p
-        )
+        given = (size.M, size.K, size.N, size.R, DTYPES[choice.kind])
+        case = make_case(*given, bias=takes_bias(choice), dropout_p=dropout_p)
         with emulated(choice.target, schedule, counters) as emulation:
             outputs = _outputs(choice, case)
     if choice.kind != "tf32":

@@ -127,5 +127,13 @@ def test_groups() -> None:
     assert own_masks.tiles.block_r == 16
 
 
+def test_a_bias_on_sm_100_goes_where_the_code_is_sound() -> None:
+    b200 = DEVICES["B200"]
+    asked = problem(device=b200, has_bias=True)
+    tiles = [c.tiles for c in triton.candidates(asked, b200, "forward")]
+    assert tiles and all(t.block_m == t.block_n == 128 for t in tiles)
+    assert len(triton.candidates(problem(device=b200), b200, "forward")) > len(tiles)
+
+
 def test_the_module_and_the_function_share_a_name() -> None:
     assert candidates_of is triton.candidates

@@ -15,7 +15,7 @@ import torch
 
 from lora_fused.backends.triton.resources import RESOURCES
 from lora_fused.config import Candidate, Problem, Tiles
-from lora_fused.devices import Device
+from lora_fused.devices import Device, tf32_is_allowed
 
 DECODE_TOKENS = 16
 MAX_PARTS = 16
@@ -48,6 +48,7 @@ def _tile(m: int, n: int, k: int, warps: int, stages: int, flags: str = "", r: i
 
 
 _STAND_IN = _tile(64, 128, 64, 4, 3)  # shipped wherever descriptors are
+_SQUARE = _tile(128, 128, 64, 8, 4)
 
 # mma.sync: the accumulators live in registers, 128x256 is the most that 255 of them hold.
 _SYNC = [
@@ -67,7 +68,7 @@ _SPLIT = {
         _tile(128, 256, 64, 8, 3, "dp"),
         _tile(128, 128, 64, 8, 4, "dp"),
         _tile(64, 128, 64, 4, 4, "d"),
-        _tile(128, 128, 64, 8, 4),
+        _SQUARE,
         _STAND_IN,
     ],
     # tcgen05; with 4 warps a 128x256 tile spills.
@@ -75,7 +76,7 @@ _SPLIT = {
         _tile(128, 256, 64, 8, 3, "d"),
         _tile(128, 128, 64, 8, 4, "d"),
         _tile(64, 128, 64, 4, 4, "d"),
-        _tile(128, 128, 64, 8, 4),
+        _SQUARE,
         _STAND_IN,
     ],
     "gfx942": _MFMA,
@@ -173,7 +174,7 @@ def kind_of(dtype: torch.dtype) -> str:
     """The kind of `Shipped` for a compute dtype, as torch allows TF32 now."""
     if dtype != torch.float32:
         return "half"
-    tf32 = torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None
+    tf32 = tf32_is_allowed() and torch.version.hip is None
     return "tf32" if tf32 else "ieee"
 
 
@@ -190,6 +191,8 @@ def is_legal(problem: Problem, choice: Shipped) -> bool:
         return False  # the masked term needs accumulators of its own
     if len(problem.group) > 1 and _is_wide(tiles):
         return False
+    if problem.has_bias and not takes_bias(choice):
+        return False
     if choice.strategy != "split":
         if problem.dropout or not 0 < _rank(problem) <= tiles.block_r:
             return False
@@ -198,6 +201,18 @@ def is_legal(problem: Problem, choice: Shipped) -> bool:
         if (choice.strategy == "decode") != (problem.M <= DECODE_TOKENS):
             return False
     return not tiles.descriptors or _fits_descriptors(problem)
+
+
+def takes_bias(choice: Shipped) -> bool:
+    """Whether a bias may be added.
+
+    For sm_100 Triton 3.8 packs results of tcgen05.ld in pairs for that, and in some tiles before
+    the wait, which PTX leaves undefined; the emulator finds it.
+    """
+    if choice.target != "sm_100" or choice.operation != "forward" or choice.kind == "ieee":
+        return True
+    square = choice.tiles.block_m == choice.tiles.block_n == 128
+    return choice.strategy == "decode" or (choice.strategy == "split" and square)
 
 
 def _is_wide(tiles: Tiles) -> bool:
@@ -256,8 +271,9 @@ def default_tiles(problem: Problem, operation: str) -> Tiles:
 
 
 def tiles_without_descriptors(tiles: Tiles) -> Tiles:
-    """What stands in for tiles whose tensors TMA turns out not to reach."""
-    return replace(_STAND_IN, block_r=tiles.block_r)
+    """Shipped tiles that stand in for those whose tensors TMA turns out not to reach."""
+    without = replace(tiles, descriptors=False, persistent=False)
+    return without if without == _SQUARE else replace(_STAND_IN, block_r=tiles.block_r)
 
 
 def _power_of_two(n: int) -> int:

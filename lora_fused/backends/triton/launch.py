@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_fused.backends.triton import arguments
 from lora_fused.backends.triton.candidates import rank_block, tiles_without_descriptors
 from lora_fused.config import Mask, Tiles
+from lora_fused.devices import tf32_is_allowed
 
 GROUP_M = 8
 _SUM_BLOCK = 1024
@@ -52,7 +53,8 @@ def shrink(
     M = members[0][0].shape[0]
     if M == 0:
         return
-    parts = max(_parts(x.shape[1], tiles.block_k, tiles.splits)[1] for x, *_ in members)
+    splits = _splits(tiles, max(s.numel() for _, _, s, _, _ in members))
+    parts = max(_parts(x.shape[1], tiles.block_k, splits)[1] for x, *_ in members)
     packed, sums = [], []
     for x, a, s, scale, mask in members:
         (R, K), out = a.shape, s
@@ -86,7 +88,8 @@ def reduce(
     adds.
     """
     (M, _), device = members[0][0].shape, members[0][0].device
-    per_part, parts = _parts(M, tiles.block_m, tiles.splits)
+    splits = _splits(tiles, max(z.shape[1] * t.shape[1] for z, t, *_ in members))
+    per_part, parts = _parts(M, tiles.block_m, splits)
     outputs, packed, sums = [], [], []
     for z, t, mask, transposed, dtype in members:
         t = t if t.stride(1) == 1 else t.contiguous()
@@ -215,6 +218,11 @@ def _descriptor(t: Tensor, rows: int, cols: int) -> Any:
     return kernels().TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, cols])
 
 
+def _splits(tiles: Tiles, outputs: int) -> int:
+    """The parts of the contraction; `sum_kernel` counts outputs in 32 bits."""
+    return tiles.splits if outputs <= 1 << 30 else 1
+
+
 def _parts(length: int, block: int, splits: int) -> tuple[int, int]:
     """Elements of one part, a multiple of block, and the parts that then cover the length."""
     steps = max(_cdiv(length, block), 1)
@@ -224,7 +232,7 @@ def _parts(length: int, block: int, splits: int) -> tuple[int, int]:
 
 def _precision(dtype: torch.dtype) -> str:
     """tl.dot's input_precision: TF32 only for fp32, and only where torch allows it."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    allowed = dtype == torch.float32 and tf32_is_allowed()
     return "tf32" if allowed else "ieee"
 
 

@@ -73,6 +73,18 @@ def test_transposed_activations_and_weight() -> None:
     check_operations(case, route_of(case))
 
 
+def test_offsets_beyond_32_bits() -> None:
+    """Rows of x and dy 2**27 elements apart: the last lies beyond 2**31 elements."""
+    case = make_case(20, 40, 50, 8, torch.bfloat16)
+    apart = 1 << 27
+    memory = torch.empty(19 * apart + 128, dtype=torch.bfloat16)  # only what is written gets pages
+    x, dy = memory.as_strided((20, 40), (apart, 1)), memory.as_strided((20, 50), (apart, 1), 64)
+    x.copy_(case.x)
+    dy.copy_(case.dy)
+    case = replace(case, x=x, dy=dy)
+    check_operations(case, route_of(case))
+
+
 def test_expanded_gradient() -> None:
     """dy of y.sum() has strides of zero."""
     case = make_case(35, 40, 50, 8, torch.float32)
