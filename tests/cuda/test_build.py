@@ -30,8 +30,8 @@ def configure(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess
 def flags(tmp_path: Path, source: str) -> set[str]:
     """The -gencode targets of a source in the generated build."""
     ninja = (tmp_path / "build" / "build.ninja").read_text()
-    line = next(l for l in ninja.splitlines() if "COMMAND" in l and f"{source} " in l + " ")
-    return set(re.findall(r"code=(\w+)", line))
+    line = next(l for l in ninja.splitlines() if "nvcc -c" in l and f"{source} " in f"{l} ")
+    return set(re.findall(r",code=(\w+)", line))
 
 
 @pytest.mark.parametrize(
