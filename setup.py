@@ -4,9 +4,9 @@ The native module is optional: without a C++ compiler, or on a machine that its 
 serve, the package installs without it and the `torch` backend serves every call. Set
 LORA_FUSED_REQUIRE_NATIVE=1 to turn a failed native build into an error.
 
-Its CUDA part joins where an nvcc is found (see csrc/cuda/build.cmake, which also names the variables
-that choose compiler and targets). Where that part does not build, the CPU kernels are built alone;
-LORA_FUSED_CUDA=ON makes it an error, LORA_FUSED_CUDA=OFF leaves it out.
+Its CUDA part joins where an nvcc is found (see csrc/cuda/build.cmake, which also names the
+variables that choose compiler and targets). Where that part does not build, the CPU kernels are
+built alone; LORA_FUSED_CUDA=ON makes it an error, LORA_FUSED_CUDA=OFF leaves it out.
 """
 
 import importlib

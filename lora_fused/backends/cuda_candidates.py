@@ -138,7 +138,7 @@ def decode_tiles(splits: int) -> Tiles:
 
 def decode_shared(R: int) -> int:
     """Static and dynamic shared memory of one block."""
-    return 16400 + 4 * DECODE_TOKENS * (R | 1)
+    return 16416 + 4 * DECODE_TOKENS * (R | 1)
 
 
 def _shrink_candidates(problem: Problem, device: Device, _: str) -> list[Candidate]:
