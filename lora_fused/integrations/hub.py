@@ -30,7 +30,7 @@ import lora_fused
 NAME, VERSION, BACKENDS = "lora-fused", 1, ("cpu", "cuda")
 OLDEST_KERNELS = "0.17.0"
 _SOURCE = Path(lora_fused.__file__).parent
-_LEFT_OUT = {"testing.py"}
+_LEFT_OUT = {"testing.py", "doctor.py", "__main__.py"}  # no other module needs them
 _INTEGRATIONS = ("guards.py", "peft_guards.py", "peft_call.py")
 _ALLOWED = {"torch", "triton", *sys.stdlib_module_names}
 
