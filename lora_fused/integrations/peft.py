@@ -162,10 +162,10 @@ def _swap(layer: Any, options: Options) -> None:
 
 def _swap_back(layer: Any) -> None:
     # NOTE: fully_shard puts a subclass of its own in the place of the class.
-    if type(layer) is not FusedLinear:
+    kind = type(layer).__name__
+    if kind != FusedLinear.__name__:
         raise RuntimeError(
-            f"restore: the layer is a {type(layer).__name__}, expected a FusedLinear: "
-            "restore before fully_shard."
+            f"restore: the layer is a {kind}, expected a FusedLinear: restore before fully_shard."
         )
     layer.__class__ = Linear
     del layer._lora_fused
