@@ -145,15 +145,29 @@ def _print(runs: dict[str, Run], title: str, console: Console) -> None:
     console.print(table)
     console.print(ours.report)
     console.print(f"Largest difference of the losses: {largest_difference(runs):.1e} of the first.")
-    console.print(_verdict("step time", ours.step_seconds / stock.step_seconds))
-    console.print(_verdict("peak memory", ours.peak_bytes / max(stock.peak_bytes, 1)))
+    console.print(_verdict("step time", *time_ratios(runs)))
+    memory = ours.peak_bytes / max(stock.peak_bytes, 1)
+    console.print(_verdict("peak memory", memory, memory, memory))
 
 
-def _verdict(what: str, ratio: float) -> str:
-    if abs(ratio - 1) < _NOISE:
-        return f"No difference in {what} here (ratio {ratio:.3f})."
-    word = "less" if ratio < 1 else "MORE"
-    return f"lora_fused: {abs(1 - ratio):.0%} {word} {what} than stock PEFT in this run."
+def time_ratios(runs: dict[str, Run]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of (our step / PEFT's step that was its turn)."""
+    pairs = list(zip(runs[OURS].seconds, runs[STOCK].seconds, strict=True))
+    ratios = [ours / stock for ours, stock in pairs[_WARM_UP:] or pairs]
+    if len(ratios) < 2:
+        return (ratios[0],) * 3
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return low, middle, high
+
+
+def _verdict(what: str, low: float, middle: float, high: float) -> str:
+    """In words; a difference that the middle half of the steps does not show is none."""
+    spread = "" if low == high else f", half of the steps between {low:.3f} and {high:.3f}"
+    numbers = f"(ratio to stock PEFT {middle:.3f}{spread})"
+    if abs(middle - 1) < _NOISE or low < 1 < high:
+        return f"No clear difference in {what} in this run {numbers}."
+    word = "less" if middle < 1 else "MORE"
+    return f"lora_fused takes {abs(1 - middle):.0%} {word} {what} in this run {numbers}."
 
 
 def _plot(runs: dict[str, Run], title: str, path: Path) -> None:

@@ -192,7 +192,7 @@ def test_fsdp2_with_tensor_parallel(world4: World) -> None:
     world4.run(four_processes)
 
 
-def mixed_precision(wrapper: str) -> None:
+def mixed_precision() -> None:
     """Parameters gathered in bf16, gradients reduced in fp32: as one process in bf16."""
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
@@ -214,7 +214,7 @@ def mixed_precision(wrapper: str) -> None:
 
 
 def test_mixed_precision(world: World) -> None:
-    world.run(mixed_precision, "fsdp2")
+    world.run(mixed_precision)
 
 
 def state_dicts(wrapper: str) -> None:

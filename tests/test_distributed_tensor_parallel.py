@@ -133,7 +133,7 @@ def test_y_stays_where_it_was_computed(world: World, kind: str, placement: str) 
     assert world.run(y_placements, kind) == [[placement] * 4] * 2
 
 
-def collectives_of(kind: str, operator: bool) -> dict[str, int]:
+def collectives_of(kind: str) -> dict[str, int]:
     """The collectives of forward and backward of one call on operands in place."""
     from torch.distributed.tensor.debug import CommDebugMode
 
@@ -142,10 +142,7 @@ def collectives_of(kind: str, operator: bool) -> dict[str, int]:
     tensors = [distribute_tensor(values[n], mesh, [PLACEMENTS[kind][i]]) for i, n in FOUR]
     tensors = [t.requires_grad_(i != 1) for i, t in enumerate(tensors)]
     with CommDebugMode() as mode:
-        if operator:
-            y = torch.ops.lora_fused.lora_linear(*tensors, None, None, 2.0, 0.0, "auto")[0]
-        else:
-            y = lora_linear(*tensors, scaling=2.0)
+        y = lora_linear(*tensors, scaling=2.0)
         y = y.redistribute(placements=[y.placements[0] if kind == "column" else R])
         y.backward(torch.ones_like(y))
     return {str(op).rsplit(".", 1)[-1]: n for op, n in mode.get_comm_counts().items()}
@@ -153,8 +150,8 @@ def collectives_of(kind: str, operator: bool) -> dict[str, int]:
 
 def test_only_the_collectives_that_the_layouts_need(world: World) -> None:
     # column: dx and dA are sums over the ranks. row: y and dB are.
-    assert world.run(collectives_of, "column", False) == [{"all_reduce": 2}] * 2
-    assert world.run(collectives_of, "row", False) == [{"all_reduce": 2}] * 2
+    assert world.run(collectives_of, "column") == [{"all_reduce": 2}] * 2
+    assert world.run(collectives_of, "row") == [{"all_reduce": 2}] * 2
 
 
 def operator_gradients(kind: str) -> None:

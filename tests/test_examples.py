@@ -52,3 +52,16 @@ def test_labelled_docstrings_do_not_leak() -> None:
     assert len(train) == 60 and len(test) == 20
     assert not {text for text, _ in train} & {text for text, _ in test}
     assert {label for _, label in test} == {0, 1}
+
+
+def test_the_verdict_is_the_measurement() -> None:
+    from examples.side_by_side import OURS, STOCK, Run, _verdict, time_ratios
+
+    def words(ours: list[float], stock: list[float]) -> str:
+        runs = {STOCK: Run(seconds=[9.0] * 3 + stock), OURS: Run(seconds=[1.0] * 3 + ours)}
+        return _verdict("step time", *time_ratios(runs))
+
+    assert words([0.5, 0.5, 0.6], [1.0, 1.0, 1.0]).startswith("lora_fused takes 50% less step time")
+    assert words([2.0, 2.0, 2.0], [1.0, 1.0, 1.0]).startswith("lora_fused takes 100% MORE step")
+    assert words([1.0, 1.3, 0.7], [1.0, 1.0, 1.0]).startswith("No clear difference in step time")
+    assert words([1.3, 1.3, 0.7, 0.7], [1.0] * 4).startswith("No clear difference")
