@@ -6,7 +6,7 @@ in memory: "forward" reads it along the contraction, "dx" across it. A weight st
 (fan_in_fan_out) swaps the two.
 
 AMD EPYC, Zen 4 (family 25 with AVX512-BF16, 1 MiB second-level cache), K x N = 1024 x 1024,
-2048 x 2048 and 3584 x 512, weights out of the cache, beside heavy load (a ratio is good to about 0.1):
+2048 x 2048 and 3584 x 512, weights out of the cache, beside heavy load (ratios good to about 0.1):
 bf16, vendor's GEMM oneDNN at 75-92 % of the peak:
     forward  M = 1     0.3-0.6 / 1.0-2.4 / 1.1-1.5  [0.3-0.7]  M = 4    0.7-0.9 / 1.0-1.3 / 1.1-1.5
              M = 16    0.6-0.8 / 1.1-1.3 / 1.1-1.2  [0.6-0.7]  M = 128  0.9-1.0 / 1.1-1.2 / 1.0-1.2
