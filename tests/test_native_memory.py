@@ -61,20 +61,30 @@ def test_skinny_operations_with_any_strides(
     M, K, _, R = size
     keep = reference.keep_mask(SEED, M, K, threshold / 65536).to(torch.float64)
     options = {"seed": SEED, "threshold": threshold}
-    for layout, other in itertools.product(LAYOUTS, ("contiguous", "columns", "strided")):
-        x = place(normal(M, K, dtype, 1), layout)
-        a = place(normal(R, K, dtype, 2, K), other)
-        got = shrink(isa, x, a, 0.5, **options)
-        check("s", got, lambda x, a: 0.5 * (x * keep.to(x.dtype)) @ a.t(), x, a)
-        ds = normal(M, R, dtype, 3, M)
+    all_s = Comparison(lambda x, a: 0.5 * (x * keep.to(x.dtype)) @ a.t(), dtype)
+    all_ds = Comparison(lambda x, b: 0.5 * x @ b, dtype)
+    all_da = Comparison(lambda ds, x: ds.t() @ (x * keep.to(x.dtype)), torch.float32)
+    all_db = Comparison(lambda x, ds: x.t() @ ds, torch.float32)
+    for i, (layout, other) in enumerate(
+        itertools.product(LAYOUTS, ("contiguous", "columns", "strided"))
+    ):
+        x = place(normal(M, K, dtype, 10 * i + 1), layout)
+        a = place(normal(R, K, dtype, 10 * i + 2, K), other)
+        all_s.add(shrink(isa, x, a, 0.5, **options), x, a)
+        ds = normal(M, R, dtype, 10 * i + 3, M)
         da = reduce(isa, ds, x, torch.float32, columns=other == "columns", **options)
-        check("da", da, lambda ds, x: ds.t() @ (x * keep.to(x.dtype)), ds, x)
+        all_da.add(da, ds, x)
         if threshold == 0:
-            b = place(normal(K, R, dtype, 4, R), other)
+            b = place(normal(K, R, dtype, 10 * i + 4, R), other)
             got, db = shrink_reduce(isa, x, b, ds, 0.5, db_dtype=torch.float32)
             assert got is not None and db is not None
-            check("ds", got, lambda x, b: 0.5 * x @ b, x, b)
-            check("db", db, lambda x, ds: x.t() @ ds, x, ds)
+            all_ds.add(got, x, b)
+            all_db.add(db, x, ds)
+    all_s.check("s")
+    all_da.check("da")
+    if threshold == 0:
+        all_ds.check("ds")
+        all_db.check("db")
 
 
 @each_isa
@@ -83,7 +93,7 @@ def test_skinny_operations_with_any_strides(
 def test_gradients_of_many_tokens_from_dy_with_any_strides(
     isa: str, dtype: torch.dtype, layout: str
 ) -> None:
-    """Several blocks of tokens: what one block leaves in scratch memory must be there for the next."""
+    """Several blocks of tokens: what one block packed must still be there for the next."""
     M, N, R = 150, 4200, 6
     dy = place(normal(M, N, dtype, 1, N), layout)
     b, s = normal(N, R, dtype, 2), normal(M, R, dtype, 3, M)

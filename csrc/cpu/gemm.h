@@ -57,15 +57,16 @@ class GemmRun {
           scratch(Slot::rows, static_cast<std::size_t>((chunk + Engine::kRows) * pitch) * 4));
     rank_rows = static_cast<u32*>(
         scratch(Slot::rank_rows, static_cast<std::size_t>((chunk + Engine::kRows) * rank_pitch) * 4));
-    // One panel needs no blocks: it stays in the cache, and whole rows are read in the order of memory.
-    const i64 limit = g.N <= kPanel ? g.block_words : min(g.block_words, block_limit());
-    blocks = max(1, ceil_div(words, limit));
-    block_words = max(16, round_up(ceil_div(words, blocks), 16));
     // Few columns: packing the rows would cost more than it saves. Words must be whole and aligned as they
     // stand.
     direct = kReadsWords && (g.turned || g.N <= Engine::kDirectColumns) && g.a.col_stride == 1 &&
              g.drop_a.threshold == 0 && g.K % (Engine::kWordPad * kElements) == 0 &&
              g.a.row_stride % kElements == 0 && reinterpret_cast<std::uintptr_t>(g.a.data) % 4 == 0;
+    // One panel needs no blocks: it stays in the cache, and whole rows are read in the order of memory.
+    const i64 limit =
+        g.N <= kPanel && (direct || !g.turned) ? g.block_words : min(g.block_words, block_limit());
+    blocks = max(1, ceil_div(words, limit));
+    block_words = max(16, round_up(ceil_div(words, blocks), 16));
     // NOTE: rows whose distance is a power of two share one set of the first-level cache (8 to 12 ways); more
     // of them than ways would evict a line before its words are used.
     tile_rows = direct ? Engine::kDirectRows : Engine::kRows;

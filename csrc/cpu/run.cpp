@@ -39,8 +39,9 @@ Matrix transposed(const Matrix& m) { return {m.data, m.col_stride, m.row_stride}
 template <class Engine>
 bool is_turned(const Gemm& g) {
   const bool plain = g.drop_a.threshold == 0 && g.drop_b.threshold == 0 && g.drop_rank.threshold == 0;
-  return plain && g.M <= Engine::kTurnedTokens && g.M <= g.N && g.packed == nullptr && g.b.row_stride == 1 &&
-         g.K > 0 && g.scale == 1.0f;
+  const bool small = ceil_div(g.M, kPanel) * panel_words<Engine>(g.K) * 4 <= kMaxPackedRows;
+  return plain && small && g.M <= Engine::kTurnedTokens && g.M <= g.N && g.packed == nullptr &&
+         g.b.row_stride == 1 && g.K > 0 && g.scale == 1.0f;
 }
 
 // y' = b' a' + l' s'
