@@ -38,7 +38,7 @@ class Finding:
 class Counters:
     """Exact dynamic counts; filled only when counting is on.
 
-    buffer_bytes: by kind and number of the buffer, in the order in which the arguments name them."""
+    buffer_bytes: by kind and number of the buffer, in the order of the arguments that name them."""
 
     warp_instructions: int = 0
     tensor_flops: int = 0
