@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,6 +14,10 @@ from lora_fused import autotune, dispatch
 from lora_fused.backends import cpu
 from lora_fused.config import Config, Problem
 from tests.processes import World
+
+# NOTE: inductor's cache outlives a checkout and does not know what an operator of ours returns.
+_INDUCTOR = pathlib.Path(__file__).parents[1] / "build" / "inductor"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_INDUCTOR))
 
 
 class Path(NamedTuple):
