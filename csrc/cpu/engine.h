@@ -101,7 +101,7 @@ struct VectorEngine {
   static constexpr i64 kWordPad = 1;                  // packed words come in multiples of this
   static constexpr i64 kBlockWords = 1024;            // contraction block
   static constexpr i64 kPanelBytes = i64{512} << 10;  // panels of one job: a part of the second-level cache
-  static constexpr i64 kTurnedTokens = 512;           // at most: see turn() in run.cpp
+  static constexpr i64 kTurnedTokens = 128;           // at most; their panels of one block fill kPanelBytes
   // Rows up to which b is read where it is, along or across the contraction: see small.h.
   static constexpr i64 kDotRows = 8, kAxpyRows = kPairs ? 4 : 16;
 

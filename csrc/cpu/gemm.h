@@ -62,9 +62,10 @@ class GemmRun {
     direct = kReadsWords && (g.turned || g.N <= Engine::kDirectColumns) && g.a.col_stride == 1 &&
              g.drop_a.threshold == 0 && g.K % (Engine::kWordPad * kElements) == 0 &&
              g.a.row_stride % kElements == 0 && reinterpret_cast<std::uintptr_t>(g.a.data) % 4 == 0;
-    // One panel needs no blocks: it stays in the cache, and whole rows are read in the order of memory.
-    const i64 limit =
-        g.N <= kPanel && (direct || !g.turned) ? g.block_words : min(g.block_words, block_limit());
+    // One panel needs no blocks: it stays in the cache, and whole rows are read in the order of memory. NOTE:
+    // a turned product takes the blocks of one that is not, so that a row does not depend on how many there
+    // are.
+    const i64 limit = g.N <= kPanel && !g.turned ? g.block_words : min(g.block_words, Engine::kBlockWords);
     blocks = max(1, ceil_div(words, limit));
     block_words = max(16, round_up(ceil_div(words, blocks), 16));
     // NOTE: rows whose distance is a power of two share one set of the first-level cache (8 to 12 ways); more
@@ -101,12 +102,6 @@ class GemmRun {
       run_job(m0, tiles, col0, min(width * kStrip, g.N - col0), tiles * split / splits,
               tiles * (split + 1) / splits);
     }
-  }
-
-  // A turned product's panels of one block, of all columns, stay in the second-level cache.
-  i64 block_limit() {
-    if (!g.turned) return Engine::kBlockWords;
-    return min(Engine::kBlockWords, max(128, Engine::kPanelBytes / (round_up(g.N, kStrip) * 4)));
   }
 
   void run_turned_jobs(i64 tiles, int thread, int num_threads) {
