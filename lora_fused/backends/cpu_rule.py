@@ -19,7 +19,6 @@ fp32, vendor's GEMM MKL at 74-84 % of the peak from M = 128 on:
              M = 16    0.5-0.8 / 1.0-1.1 / 1.0-1.2  [0.5-0.6]  M = 128  0.8-0.9 / 1.0 / 1.0-1.1
              M = 512   0.9-1.0 / 1.0    / 1.0       [0.9]
     dx       M = 1     0.9-1.9 / 1.1-1.4 / 1.0-1.2  M = 4    0.8-0.9 / 1.0-1.2 / 1.0-1.2
-             (K = 2304: 1.0)
              M = 16    0.8     / 1.1-1.2 / 0.9-1.0  [0.4-0.6]  M = 128  0.9 / 1.0 / 1.0-1.1  [0.8]
              M = 512   0.9     / 1.0    / 1.0       [0.8-0.9]
 fp16, vendor's GEMM at 2-20 % of the fp32 peak: own takes 0.03-0.35 of its time.
@@ -118,8 +117,8 @@ def _by_orientation(problem: Problem, cpu: CpuInfo) -> tuple[str, str]:
             return _bf16_tiles_along(problem), _bf16_tiles_across(problem)
         slower = "own" if problem.M <= FEW_TOKENS else "library"
         return slower, slower
-    if problem.dtype == torch.float32 and problem.M == 1 and problem.K % 512 == 0:
-        return "own", "library"  # rows of memory that share the sets of a cache
+    if problem.dtype == torch.float32 and problem.M == 1:
+        return "own", "library"
     return _by_vectors(problem), _by_vectors(problem)
 
 
