@@ -28,7 +28,7 @@ OPERANDS = ((64, 128, 1), (64, 128, 1))
 @pytest.fixture
 def gpu() -> Iterator[ModuleType]:
     module = fake_module()
-    module.control.reset([{**SMALL, "major": 9}, {**SMALL, "major": 8}])
+    module.control.reset([SMALL, SMALL])
     yield module
     module.control.reset([])
 
@@ -56,11 +56,13 @@ def test_a_launch_says_kernel_grid_block_shared_and_stream(gpu: ModuleType) -> N
 
 
 def test_dependent_launches_from_sm_90_on(gpu: ModuleType) -> None:
-    for device in (0, 1):
+    hopper, ampere = 5, 6  # numbers of this test: what a device is, is read once per process
+    gpu.control.reset([SMALL] * hopper + [{**SMALL, "major": 9}, {**SMALL, "major": 8}])
+    for device in (hopper, ampere):
         shrink(gpu, (device, 0, True))
     first, second = calls(gpu, "cudaLaunchKernelExC")
-    assert first["dependent"] == "1" and first["device"] == "0"
-    assert "dependent" not in second and second["device"] == "1"
+    assert first["dependent"] == "1" and first["device"] == str(hopper)
+    assert "dependent" not in second and second["device"] == str(ampere)
 
 
 def test_the_device_of_the_thread_is_put_back(gpu: ModuleType) -> None:
