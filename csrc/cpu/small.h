@@ -192,8 +192,10 @@ class AxpyRun {
     const bool masked = drop_b.threshold > 0;
     T* kept = static_cast<T*>(scratch(
         Slot::row, static_cast<std::size_t>(masked ? kTerms * (kChunk + 2 * kLanes) : 0) * sizeof(T)));
-    for (i64 j = 0; j < terms; j += kTerms) {
-      const i64 count = min(kTerms, terms - j);
+    // NOTE: few rows wait for memory: more streams than a set of the cache has ways would evict each other.
+    const i64 at_once = g.M <= kRowsAtOnce ? kTerms / 2 : kTerms;
+    for (i64 j = 0; j < terms; j += at_once) {
+      const i64 count = min(at_once, terms - j);
       const T* first = at<T>(b, j, col0);
       i64 stride = b.row_stride;
       if (masked) {
