@@ -80,9 +80,9 @@ def compare(
     truth = case.truth()
     assert len(got) == (6 if case.bias is not None else 5)
     for name, tensor in got.items():
-        assert_close_to_ref(
-            name, tensor.view_as(truth[name]), truth[name], baseline[name].view_as(truth[name])
-        )
+        # NOTE: few elements: their errors are one draw, and a baseline's may be small by luck.
+        shaped = baseline[name].view_as(truth[name])
+        assert_close_to_ref(name, tensor.view_as(truth[name]), truth[name], shaped, slack=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
