@@ -126,7 +126,7 @@ FAULTS = [
     Fault("the post of s releases", r"red\.release\.gpu", -1, "red.relaxed.gpu", {"global-race"}),
     Fault("the waits for s acquire", r"ld\.acquire\.gpu", -1, "ld.relaxed.gpu", {"global-race"}),
     Fault("the ticket releases", r"atom\.acq_rel(\S*inc)", 0, r"atom.relaxed\1", {"global-race"}),
-    Fault("the barriers", r"bar\.sync\s+0;", -1, "", {"race"}),
+    Fault("the second barrier", r"bar\.sync\s+0;", 1, "", {"race"}),
 ]
 
 
