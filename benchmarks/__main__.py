@@ -30,6 +30,7 @@ from benchmarks.shapes import (
 from benchmarks.table import print_header, print_results
 
 LOCAL = Path(__file__).parent / "results" / "local"
+MODEL_COLUMNS = 170  # of the modelled table, on terminals too narrow for it and in files
 QUICK_BUDGET_S = 255.0  # with imports, tables and the report: below five minutes
 
 
@@ -133,7 +134,8 @@ def main() -> None:
         return
     if args.model_gpu:
         try:
-            model_gpu.main(args.model_gpu, args.dropout, args.json, console)
+            wide = Console(width=max(console.width, MODEL_COLUMNS))
+            model_gpu.main(args.model_gpu, args.dropout, args.json, wide)
         except ValueError as error:
             sys.exit(f"python -m benchmarks: {error}")
         return
