@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_fused.backends.cpu import native as native_module
 from lora_fused.config import Mask
+from lora_fused.devices import tf32_is_allowed
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TF32 = 3
@@ -49,14 +50,7 @@ def place_of(t: Tensor) -> Place:
 
 def math_of(dtype: torch.dtype) -> int:
     """The code of a compute dtype; fp32 as torch's matrix multiplications are set."""
-    return TF32 if dtype == torch.float32 and _tf32_is_allowed() else DTYPE_CODES[dtype]
-
-
-def _tf32_is_allowed() -> bool:
-    """Of torch's two switches the old one raises when it is read after the new one was set."""
-    setting = torch.backends.cuda.matmul
-    precision = getattr(setting, "fp32_precision", None)  # from torch 2.9 on
-    return bool(setting.allow_tf32) if precision is None else bool(precision == "tf32")
+    return TF32 if dtype == torch.float32 and tf32_is_allowed() else DTYPE_CODES[dtype]
 
 
 def matrix(t: Tensor) -> MatrixTuple:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_fused.backends import cuda, cuda_sm80
+from lora_fused.backends import cuda, cuda_native, cuda_sm80
 from lora_fused.config import Config, Mask, Member, Problem, Route, Tiles, group_columns
 from lora_fused.devices import DEVICES
 from lora_fused.reference import keep_mask
@@ -73,7 +73,7 @@ def run_both(d: Data, mask: Mask | None = None, launches: int = 1) -> EmulatedGp
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_layer(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(cuda_native, "tf32_is_allowed", lambda: True)
     gpu = run_both(data(40, 72, 104, 20, dtype))
     kernels = [launch.kernel.rsplit("_", 2)[-2:] for launch in gpu.launches]
     assert kernels == [["k", "major"], ["mn", "major"]]
