@@ -102,7 +102,7 @@ def _fastest(candidates: dict[str, Callable[[], object]], default: str) -> str:
     for name, run in candidates.items():
         try:
             times[name] = _seconds(run)
-        except Exception as error:
+        except Exception as error:  # a candidate that cannot run has lost, and is named
             warnings.warn(f"lora_fused: {name} failed when it was timed: {error}", stacklevel=3)
     for _ in range(_MAX_ROUNDS):
         for name in times:

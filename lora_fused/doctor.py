@@ -120,7 +120,7 @@ def _why(run: Callable[[], object]) -> str:
     """What went wrong; "" if nothing did."""
     try:
         run()
-    except Exception as error:
+    except Exception as error:  # whatever a kernel does wrong is a row of the report
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     return ""
 
@@ -165,7 +165,7 @@ def _choices(device: Device, where: torch.device) -> Findings:
     for M in _TOKENS:
         try:
             findings.add(f"M={M}", "", _in_words(_choice(M, where)))
-        except Exception as error:
+        except Exception as error:  # as above
             findings.add(f"M={M}", f"{type(error).__name__}: {error}")
     return findings
 

@@ -201,7 +201,7 @@ def fastest_times(
         try:
             run()
             times[name] = seconds_of(run)
-        except Exception as error:
+        except Exception as error:  # a candidate that cannot run has lost, and is named
             times[name] = math.inf
             warnings.warn(f"lora_fused: {name} failed when it was timed: {error}", stacklevel=3)
     runners = [name for name, seconds in times.items() if seconds < math.inf]

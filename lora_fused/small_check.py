@@ -65,7 +65,7 @@ def run_check(kernel: Kernel, where: torch.device) -> str:
                 ran = True
     except AssertionError as error:
         return f"wrong result, {error}"
-    except Exception as error:
+    except Exception as error:  # a compiler's or a launch's: the kernel is demoted and says why
         first = (str(error).strip().splitlines() or [""])[0]
         return f"{type(error).__name__}: {first}"
     return "" if ran else "there is no small problem to check it on"

@@ -24,12 +24,13 @@ from peft.tuners.lora.layer import Linear
 
 import lora_fused
 from tests.peft_models import (
+    DRAWS,
     LLAMA_LAYERS,
     adapted,
     assert_close_together,
+    draws_of,
     gpt2,
     llama,
-    outputs_of,
     tokens,
 )
 
@@ -65,10 +66,10 @@ def check_training(calls: list[None]) -> None:
     for build, config in ((llama, {}), (llama, {"lora_bias": True}), (gpt2, {})):
         torch.manual_seed(0)
         model = adapted(build(), **config)
-        truth, baseline = outputs_of(copy.deepcopy(model).double()), outputs_of(model)
+        truth, baseline = draws_of(copy.deepcopy(model).double()), draws_of(model)
         before = len(calls)
-        assert_close_together(outputs_of(kernelize(model, mode=Mode.TRAINING)), truth, baseline)
-        assert len(calls) - before == (LLAMA_LAYERS if build is llama else 8)
+        assert_close_together(draws_of(kernelize(model, mode=Mode.TRAINING)), truth, baseline)
+        assert len(calls) - before == DRAWS * (LLAMA_LAYERS if build is llama else 8)
 
 
 def check_variants(calls: list[None]) -> None:

@@ -92,4 +92,4 @@ def test_kernelize(kernel: Path) -> None:
     command = [sys.executable, "-m", "tests.hub_check", str(kernel)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "fused calls: 39" in done.stdout
+    assert "fused calls: 147" in done.stdout
