@@ -8,8 +8,6 @@ than a cell repeats to.
 
 from __future__ import annotations
 
-import random
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,22 +17,7 @@ from rich.table import Table
 from benchmarks.providers import FROZEN
 from benchmarks.record import Record, Results
 from benchmarks.summary import NOISE
-
-RESAMPLES = 1000
-CONFIDENCE = 0.95
-_SEED = 1
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A median and its bootstrap confidence interval."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+from benchmarks.timing import Interval, bootstrap
 
 
 @dataclass(frozen=True)
@@ -53,16 +36,6 @@ class Change:
     def significant(self) -> bool:
         apart = self.after.low > self.before.high or self.after.high < self.before.low
         return apart and not 1 / NOISE <= self.ratio <= NOISE
-
-
-def bootstrap(values: Sequence[float], resamples: int = RESAMPLES) -> Interval:
-    """The median of the values, and where it lies in 95 % of the resamples (percentile method)."""
-    draw = random.Random(_SEED)
-    medians = sorted(
-        statistics.median(draw.choices(values, k=len(values))) for _ in range(resamples)
-    )
-    tail = int((1 - CONFIDENCE) / 2 * resamples)
-    return Interval(statistics.median(values), medians[tail], medians[-1 - tail])
 
 
 def compare(before: Results, after: Results) -> list[Change]:

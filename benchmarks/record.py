@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shapes import Case, flops
-from benchmarks.timing import Quantiles, paired_ratio
+from benchmarks.timing import Quantiles, paired_interval, paired_ratio
 
 SCHEMA = "lora_fused.benchmarks"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 OK, WRONG, ERROR = "ok", "wrong", "error"
 
@@ -52,6 +52,8 @@ class Record:
     tax: float | None = None
     tax_q25: float | None = None
     tax_q75: float | None = None
+    tax_low: float | None = None
+    tax_high: float | None = None
     ratio_to_peft: float | None = None
     gflops: float | None = None
 
@@ -82,9 +84,59 @@ class Record:
         self.q10_us, self.q25_us, self.median_us = times.q10, times.q25, times.median
         self.q75_us, self.q90_us = times.q75, times.q90
         self.tax, self.tax_q25, self.tax_q75 = tax.median, tax.q25, tax.q75
+        interval = paired_interval(samples, frozen)
+        self.tax_low, self.tax_high = interval.low, interval.high
         self.ratio_to_peft = paired_ratio(samples, peft).median if peft else None
         work = flops(case.layer, case.M, case.R if lora else 0, self.pass_)
         self.gflops = work / times.median / 1000
+
+
+@dataclass
+class SuiteRecord:
+    """What one provider did in one item of a suite other than `layer`, all providers paired.
+
+    `ratio` is time ÷ time of the provider `base` in the same rounds, with its bootstrap interval.
+    `flops` and `bytes_moved` are the least that the item takes, from which `gflops` and `gbytes`
+    follow; `roof_percent` is the share of the time that the slower of the two roofs would allow.
+    """
+
+    suite: str
+    item: str
+    shape: dict[str, int]
+    dtype: str
+    pass_: str
+    provider: str
+    base: str
+    status: str
+    message: str
+    error_ratio: float | None = None
+    peak_bytes: int | None = None
+    flops: int | None = None
+    bytes_moved: int | None = None
+    repeats: int | None = None
+    samples_us: list[float] = field(default_factory=list)
+    q25_us: float | None = None
+    median_us: float | None = None
+    q75_us: float | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    gflops: float | None = None
+    gbytes: float | None = None
+    roof_percent: float | None = None
+
+    @property
+    def timed(self) -> bool:
+        return self.median_us is not None
+
+    def set_times(self, repeats: int, samples: list[float], base: list[float]) -> None:
+        """Fills in the statistics; both lists are of the same rounds."""
+        times, ratio = Quantiles.of(samples), paired_interval(samples, base)
+        self.repeats, self.samples_us = repeats, [round(s, 3) for s in samples]
+        self.q25_us, self.median_us, self.q75_us = times.q25, times.median, times.q75
+        self.ratio, self.ratio_low, self.ratio_high = ratio.median, ratio.low, ratio.high
+        self.gflops = self.flops / times.median / 1000 if self.flops else None
+        self.gbytes = self.bytes_moved / times.median / 1000 if self.bytes_moved else None
 
 
 @dataclass
@@ -110,10 +162,11 @@ class Results:
     records: list[Record] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     memory: list[MemoryRecord] = field(default_factory=list)
+    suites: list[SuiteRecord] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         document = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **asdict(self)}
-        for record in document["records"]:
+        for record in document["records"] + document["suites"]:
             record["pass"] = record.pop("pass_")
         return document
 
@@ -126,12 +179,8 @@ class Results:
             )
         content = {k: v for k, v in document.items() if k not in ("schema", "schema_version")}
         results = _checked(cls, content, "results")
-        results.records = [
-            _checked(
-                Record, {"pass_" if k == "pass" else k: v for k, v in r.items()}, f"records[{i}]"
-            )
-            for i, r in enumerate(content["records"])
-        ]
+        results.records = _passes(Record, content["records"], "records")
+        results.suites = _passes(SuiteRecord, content["suites"], "suites")
         results.memory = [
             _checked(MemoryRecord, m, f"memory[{i}]") for i, m in enumerate(content["memory"])
         ]
@@ -150,6 +199,14 @@ class Results:
 
 
 T = typing.TypeVar("T")
+
+
+def _passes(cls: type[T], records: list[dict[str, Any]], where: str) -> list[T]:
+    """`pass` is a word of Python's; the field of the dataclass is `pass_`."""
+    return [
+        _checked(cls, {"pass_" if k == "pass" else k: v for k, v in r.items()}, f"{where}[{i}]")
+        for i, r in enumerate(records)
+    ]
 
 
 def _checked(cls: type[T], values: dict[str, Any], where: str) -> T:

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -15,6 +16,9 @@ Clock = Callable[[], int]
 Name = TypeVar("Name", bound=Hashable)
 
 SAMPLE_NS = 2_000_000  # one sample lasts at least this long, or is one call
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+_SEED = 1
 
 
 def clock_for(threads: int, device: str = "cpu") -> Clock:
@@ -62,6 +66,33 @@ def paired_ratio(samples: Sequence[float], base: Sequence[float]) -> Quantiles:
             f"paired samples come in equal numbers, got {len(samples)} and {len(base)}"
         )
     return Quantiles.of([s / b for s, b in zip(samples, base, strict=True)])
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median and its bootstrap confidence interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def bootstrap(values: Sequence[float], resamples: int = RESAMPLES) -> Interval:
+    """The median of the values, and where it lies in 95 % of the resamples (percentile method)."""
+    draw = random.Random(_SEED)
+    medians = sorted(
+        statistics.median(draw.choices(values, k=len(values))) for _ in range(resamples)
+    )
+    tail = int((1 - CONFIDENCE) / 2 * resamples)
+    return Interval(statistics.median(values), medians[tail], medians[-1 - tail])
+
+
+def paired_interval(samples: Sequence[float], base: Sequence[float]) -> Interval:
+    """Median of sample / base over the rounds, and its interval."""
+    return bootstrap([s / b for s, b in zip(samples, base, strict=True)])
 
 
 def geometric_mean(values: Sequence[float]) -> float:

@@ -12,11 +12,12 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from benchmarks.compare import bootstrap, compare, show
+from benchmarks.compare import compare, show
 from benchmarks.providers import FROZEN, OURS
 from benchmarks.record import Results
 from benchmarks.run import Settings, run
 from benchmarks.shapes import Case, Layer
+from benchmarks.timing import bootstrap
 
 CASE = Case(Layer("tiny", "layer", 32, 24), "fp32", 4, 4)
 
