@@ -328,7 +328,7 @@ OLD = a_cpu("AuthenticAMD", "avx2", "avx2")
         (ZEN4, torch.bfloat16, 16, True, ("packed", "packed")),
         (ZEN4, torch.bfloat16, 512, False, ("own", "own")),
         (ZEN4, torch.bfloat16, 512, True, ("packed", "packed")),
-        (ZEN4, torch.float32, 1, False, ("own", "library")),
+        (ZEN4, torch.float32, 1, False, ("own", "own")),
         (ZEN4, torch.float32, 512, False, ("own", "own")),
         (ZEN4, torch.float16, 16, True, ("packed", "packed")),
         (OLD, torch.float32, 512, True, ("packed", "packed")),

@@ -48,6 +48,7 @@ class Problem:
     R: int
     layout: str
     other_layout: str
+    adapter_layout: str
     threshold: int
     threads: int
     seed: int
@@ -87,6 +88,7 @@ problems = st.builds(
     R=size(70),
     layout=st.sampled_from(DISTINCT),
     other_layout=st.sampled_from(DISTINCT),
+    adapter_layout=st.sampled_from(DISTINCT),
     threshold=st.sampled_from([0, 0, 1, 3277, 32768, 65535, 65536]),
     threads=st.integers(1, 3),
     seed=st.integers(0, 1 << 40),
@@ -103,7 +105,7 @@ def test_matmul(problem: Problem) -> None:
     for p in problem.again(M * N):
         x = place(p.normal(M, K, 0), p.layout)
         w = place(p.normal(N, K, 1, K), p.other_layout).t()
-        s, l = p.normal(M, R, 2), place(p.normal(N, R, 3, R), p.other_layout).t()
+        s, l = p.normal(M, R, 2), place(p.normal(N, R, 3, R), p.adapter_layout).t()
         bias, initial = p.normal(1, N, 4)[0], p.normal(M, N, 5)
         packed = pack(p.isa, w) if p.seed % 2 else None
         y = matmul(p.isa, x, w, s, l, bias=bias, initial=initial, packed=packed, **p.options)

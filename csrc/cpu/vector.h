@@ -254,6 +254,8 @@ LORA_FUSED_INLINE Vec multiply_add(Words a, Words b, Vec c) {
 }
 
 LORA_FUSED_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// Into the second-level cache only.
+LORA_FUSED_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 #if defined(__AVX512F__)
 // Word i is (a[i], b[i]) with a in the low half: two rows of n elements become n pairs.

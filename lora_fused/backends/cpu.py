@@ -22,7 +22,6 @@ from lora_fused.config import Mask, Problem, Route
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ALIGNMENT = 64
-_FEW_TOKENS = 16  # more never reach the kernels that want the adapter to lie as the weight does
 
 
 @dataclass(frozen=True)
@@ -178,8 +177,6 @@ def _own(
         panels = (packed.forward if forward else packed.dx).data_ptr()
     if bias is not None and bias.stride(0) != 1:
         bias = bias.contiguous()
-    if adapter is not None and problem.M <= _FEW_TOKENS:
-        adapter = _laid_out_like_weight(adapter, forward, w_sk, w_sn)
     R, *rank_term = _rank_term(s, adapter, forward)
     native().matmul(
         config.isa, _DTYPE_CODES[dtype], problem.M, N, K, R,
@@ -292,16 +289,6 @@ def _rank_term(
     first, second = adapter.stride()
     l_sr, l_sn = (second, first) if forward else (first, second)
     return s.shape[1], s.data_ptr(), s.stride(0), adapter.data_ptr(), l_sr, l_sn
-
-
-def _laid_out_like_weight(adapter: Tensor, forward: bool, w_sk: int, w_sn: int) -> Tensor:
-    """The kernels for few tokens read weight and adapter in one direction: along the contraction
-    (lora_B as it is stored, forward) or across it (lora_A as it is stored, for dx). Under
-    fan_in_fan_out the weight lies the other way round, so a small copy turns the adapter."""
-    along = w_sk == 1
-    if along == forward or 1 not in (w_sk, w_sn):
-        return adapter
-    return adapter.t().contiguous().t()
 
 
 def _native_output_dtype(dtype: torch.dtype) -> torch.dtype:

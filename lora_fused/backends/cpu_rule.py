@@ -6,25 +6,27 @@ in memory: "forward" reads it along the contraction, "dx" across it. A weight st
 (fan_in_fan_out) swaps the two.
 
 AMD EPYC, Zen 4 (family 25 with AVX512-BF16, 1 MiB second-level cache), K x N = 1024 x 1024,
-2048 x 2048 and 3584 x 512, weights out of the cache, beside heavy load (ratios good to about 0.1):
+2048 x 2048 and 3584 x 512; own with M <= 4: 768 x 2304, 2048 x 2048, 3584 x 3584, 2048 x 8192 and
+8192 x 2048, out of the cache from 8 MiB on. Beside heavy load, ratios good to about 0.1:
 bf16, vendor's GEMM oneDNN at 75-92 % of the peak:
-    forward  M = 1     0.3-0.6 / 1.0-2.4 / 1.1-1.5  [0.3-0.7]  M = 4    0.7-0.9 / 1.0-1.3 / 1.1-1.5
+    forward  M = 1     0.4-0.5 / 1.0-2.4 / 1.1-1.5             M = 4    0.6-0.7 / 1.0-1.3 / 1.1-1.5
              M = 16    0.6-0.8 / 1.1-1.3 / 1.1-1.2  [0.6-0.7]  M = 128  0.9-1.0 / 1.1-1.2 / 1.0-1.2
              M = 512   1.0-1.1 / 1.0-1.1 / 1.0-1.1  [1.0]
-    dx       M = 1     0.5-0.8 / 0.8-1.2 / 0.9-1.2  [0.3-0.8]  M = 4    0.6-0.8 / 1.0 / 1.1-1.3
+    dx       M = 1     0.3-0.5 / 0.8-1.2 / 0.9-1.2             M = 4    0.3-0.9 / 1.0 / 1.1-1.3
              M = 16    0.8-1.0 / 1.1-1.4 / 1.1-1.3  [0.5-0.6]
              M = 128   1.0-1.1 / 1.1    / 1.1-1.2   [0.9-1.0]  M = 512  1.0 / 1.0-1.1 / 1.0-1.1
 fp32, vendor's GEMM MKL at 74-84 % of the peak from M = 128 on:
-    forward  M = 1     0.6-0.9 / 1.0-1.1 / 1.0-1.2  M = 4    0.6-0.7 / 1.0-1.2 / 1.0-1.1
+    forward  M = 1     0.6-0.95 / 1.0-1.1 / 1.0-1.2  M = 4   0.5-0.6 / 1.0-1.2 / 1.0-1.1
              M = 16    0.5-0.8 / 1.0-1.1 / 1.0-1.2  [0.5-0.6]  M = 128  0.8-0.9 / 1.0 / 1.0-1.1
              M = 512   0.9-1.0 / 1.0    / 1.0       [0.9]
-    dx       M = 1     0.9-1.9 / 1.1-1.4 / 1.0-1.2  M = 4    0.8-0.9 / 1.0-1.2 / 1.0-1.2
+    dx       M = 1     0.7-0.95 / 1.1-1.4 / 1.0-1.2  M = 4   0.3-0.4 / 1.0-1.2 / 1.0-1.2
              M = 16    0.8     / 1.1-1.2 / 0.9-1.0  [0.4-0.6]  M = 128  0.9 / 1.0 / 1.0-1.1  [0.8]
              M = 512   0.9     / 1.0    / 1.0       [0.8-0.9]
 fp16, vendor's GEMM at 2-20 % of the fp32 peak: own takes 0.03-0.35 of its time.
 
 Intel Xeon with AMX (family 6, 2 MiB second-level cache), layers from 768 to 8192 wide, weight
-stored [N, K]; measured before fp32 products of few tokens were turned (csrc/cpu/run.cpp):
+stored [N, K]; measured before fp32 products of few tokens were turned (csrc/cpu/run.cpp) and
+before the kernels for M <= 4 fetched the next rows ahead (csrc/cpu/small.h):
 bf16, own kernels on AMX tiles, vendor's GEMM oneDNN on AMX tiles:
     forward  M = 1     0.4-0.6 / 1.0-1.4 / 1.0-1.4  M = 4     0.8-0.9 / 1.1-1.5 / 1.0-1.4
              M = 16    0.8-1.0 / 1.1-1.6 / 1.0-1.4     [0.4-0.7] up to 8 M weights, above 1.0-1.3
@@ -117,8 +119,6 @@ def _by_orientation(problem: Problem, cpu: CpuInfo) -> tuple[str, str]:
             return _bf16_tiles_along(problem), _bf16_tiles_across(problem)
         slower = "own" if problem.M <= FEW_TOKENS else "library"
         return slower, slower
-    if problem.dtype == torch.float32 and problem.M == 1:
-        return "own", "library"
     return _by_vectors(problem), _by_vectors(problem)
 
 
