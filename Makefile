@@ -20,6 +20,9 @@ INSTALL := LORA_FUSED_REQUIRE_NATIVE=$(REQUIRE_NATIVE) $(PIP) install --no-build
 
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
+# One process for every core; tests move to whoever is idle. `make test PYTEST_OPTIONS=` runs them in one.
+PYTEST_OPTIONS ?= -n auto --dist worksteal
+
 .PHONY: bench bench-full test test-full gpu-test test-peft test-torchtune format lint clean
 
 # The main job is the CPU's: without a GPU it does not wait for CUDA kernels to compile.
@@ -32,12 +35,12 @@ bench-full: $(VENV)/.bench
 	$(PY) -m benchmarks --full
 
 test: $(VENV)/.test
-	$(PY) -m pytest
+	$(PY) -m pytest $(PYTEST_OPTIONS)
 
 test-full: export LORA_FUSED_CUDA_ARCH_LIST := all
 test-full: $(VENV)/.test
 	$(PIP) install --no-build-isolation -e .
-	$(PY) -m pytest -m "full or not full"
+	$(PY) -m pytest $(PYTEST_OPTIONS) -m "full or not full"
 
 # On a machine with a GPU: every target is built, and the kernels run on the device, once more under
 # compute-sanitizer, besides all that runs without one.

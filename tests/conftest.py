@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -18,6 +19,34 @@ from tests.processes import World
 # NOTE: inductor's cache outlives a checkout and does not know what an operator of ours returns.
 _INDUCTOR = pathlib.Path(__file__).parents[1] / "build" / "inductor"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_INDUCTOR))
+
+
+WORKER_MEMORY = 3 << 30  # bytes
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a worker process for every core, as far as the memory goes."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(len(os.sched_getaffinity(0)), memory // WORKER_MEMORY))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: Sequence[object]) -> None:
+    """The workers, and what they start, share the cores among them."""
+    threads = max(1, len(os.sched_getaffinity(0)) // len(specs))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def pytest_collection_finish() -> None:
+    """Fewer walks through the heap, and none of them through what has been imported.
+
+    The emulator makes tens of thousands of objects for a launch; of the time of a small one the
+    garbage collector took three quarters.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 5, 5)
 
 
 class Path(NamedTuple):
