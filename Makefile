@@ -47,7 +47,8 @@ test-full: $(VENV)/.test
 gpu-test: export LORA_FUSED_CUDA_ARCH_LIST := all
 gpu-test: $(VENV)/.test
 	$(PIP) install --no-build-isolation -e .
-	$(PY) -m pytest -rs tests/cuda tests/test_dispatch_gpu.py
+	$(PY) -m pytest -rs tests/cuda tests/test_dispatch_gpu.py tests/test_gpu_tuning.py \
+		tests/test_gpu_store.py tests/test_selfcheck.py
 
 test-peft: $(VENV)/.peft
 	$(PY) tests/peft_suite.py

@@ -14,6 +14,7 @@ import torch
 from lora_fused import autotune, dispatch
 from lora_fused.backends import cpu
 from lora_fused.config import Config, Problem
+from tests.gpu_double import pretended_gpu
 from tests.processes import World
 
 # NOTE: inductor's cache outlives a checkout and does not know what an operator of ours returns.
@@ -124,6 +125,14 @@ def world4() -> Iterator[World]:
     world = World(4)
     yield world
     world.stop()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[None]:
+    """A GPU that is not there, with nothing remembered on disk."""
+    monkeypatch.setenv("LORA_FUSED_CACHE_DIR", str(tmp_path))
+    with pretended_gpu():
+        yield
 
 
 @pytest.fixture(autouse=True)
