@@ -20,7 +20,7 @@ INSTALL := LORA_FUSED_REQUIRE_NATIVE=$(REQUIRE_NATIVE) $(PIP) install --no-build
 
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-# One process for every core; tests move to whoever is idle. `make test PYTEST_OPTIONS=` runs them in one.
+# A worker process for every core, and tests go to whoever is idle; PYTEST_OPTIONS= runs them in one process.
 PYTEST_OPTIONS ?= -n auto --dist worksteal
 
 .PHONY: bench bench-full test test-full gpu-test test-peft test-torchtune format lint clean

@@ -21,22 +21,26 @@ from tests.processes import World
 _INDUCTOR = pathlib.Path(__file__).parents[1] / "build" / "inductor"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_INDUCTOR))
 
-
 WORKER_MEMORY = 3 << 30  # bytes
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """`-n auto`: a worker process for every core, as far as the memory goes."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(len(os.sched_getaffinity(0)), memory // WORKER_MEMORY))
+    return max(1, min(cores(), memory // WORKER_MEMORY))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(specs: Sequence[object]) -> None:
-    """The workers, and what they start, share the cores among them."""
-    threads = max(1, len(os.sched_getaffinity(0)) // len(specs))
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    """The workers, and what they start, share the cores; a test that needs threads sets them."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // len(specs))))
 
 
 def pytest_collection_finish() -> None:
