@@ -20,6 +20,9 @@ INSTALL := LORA_FUSED_REQUIRE_NATIVE=$(REQUIRE_NATIVE) $(PIP) install --no-build
 
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
+# A worker process for every core, and tests go to whoever is idle; PYTEST_OPTIONS= runs them in one process.
+PYTEST_OPTIONS ?= -n auto --dist worksteal
+
 .PHONY: bench bench-full test test-full gpu-test test-peft test-torchtune format lint clean
 
 # The main job is the CPU's: without a GPU it does not wait for CUDA kernels to compile.
@@ -32,19 +35,20 @@ bench-full: $(VENV)/.bench
 	$(PY) -m benchmarks --full
 
 test: $(VENV)/.test
-	$(PY) -m pytest
+	$(PY) -m pytest $(PYTEST_OPTIONS)
 
 test-full: export LORA_FUSED_CUDA_ARCH_LIST := all
 test-full: $(VENV)/.test
 	$(PIP) install --no-build-isolation -e .
-	$(PY) -m pytest -m "full or not full"
+	$(PY) -m pytest $(PYTEST_OPTIONS) -m "full or not full"
 
 # On a machine with a GPU: every target is built, and the kernels run on the device, once more under
 # compute-sanitizer, besides all that runs without one.
 gpu-test: export LORA_FUSED_CUDA_ARCH_LIST := all
 gpu-test: $(VENV)/.test
 	$(PIP) install --no-build-isolation -e .
-	$(PY) -m pytest -rs tests/cuda tests/test_dispatch_gpu.py
+	$(PY) -m pytest -rs tests/cuda tests/test_dispatch_gpu.py tests/test_gpu_tuning.py \
+		tests/test_gpu_store.py tests/test_selfcheck.py
 
 test-peft: $(VENV)/.peft
 	$(PY) tests/peft_suite.py

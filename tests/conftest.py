@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -13,11 +14,44 @@ import torch
 from lora_fused import autotune, dispatch
 from lora_fused.backends import cpu
 from lora_fused.config import Config, Problem
+from tests.gpu_double import pretended_gpu
 from tests.processes import World
 
 # NOTE: inductor's cache outlives a checkout and does not know what an operator of ours returns.
 _INDUCTOR = pathlib.Path(__file__).parents[1] / "build" / "inductor"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_INDUCTOR))
+
+WORKER_MEMORY = 3 << 30  # bytes
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a worker process for every core, as far as the memory goes."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(cores(), memory // WORKER_MEMORY))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: Sequence[object]) -> None:
+    """The workers, and what they start, share the cores; a test that needs threads sets them."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // len(specs))))
+
+
+def pytest_collection_finish() -> None:
+    """Fewer walks through the heap, and none of them through what has been imported.
+
+    The emulator makes tens of thousands of objects for a launch; of the time of a small one the
+    garbage collector took three quarters.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 5, 5)
 
 
 class Path(NamedTuple):
@@ -95,6 +129,14 @@ def world4() -> Iterator[World]:
     world = World(4)
     yield world
     world.stop()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[None]:
+    """A GPU that is not there, with nothing remembered on disk."""
+    monkeypatch.setenv("LORA_FUSED_CACHE_DIR", str(tmp_path))
+    with pretended_gpu():
+        yield
 
 
 @pytest.fixture(autouse=True)

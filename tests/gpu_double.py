@@ -7,10 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from lora_fused import backends, dispatch, gpu_tuning, request, selfcheck
+from lora_fused.config import Config, Problem
 from lora_fused.devices import DEVICES
+from lora_fused.testing import check_case, make_case
 from tests import fake_backend
+
+NEEDS = frozenset({"x", "lora_A", "lora_B"})
+PROBLEM = Problem(8192, 4096, 4096, 16, torch.bfloat16, "cuda", needs=NEEDS, device=DEVICES["H100"])
 
 
 @contextmanager
@@ -28,6 +34,18 @@ def pretended_gpu(device: str = "H100", names: tuple[str, ...] = ("triton",)) ->
         fake_backend.calls.clear()
         yield
     forget()
+
+
+def run(M: int = 24, dropout_p: float = 0.0, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Forward and backward of a layer, held against the reference."""
+    check_case(make_case(M, 64, 48, 16, dtype, bias=True, dropout_p=dropout_p))
+
+
+def config_of(M: int = 24) -> Config:
+    """What the dispatcher chooses for that layer."""
+    case = make_case(M, 64, 48, 16, torch.bfloat16)
+    tensors = [t.requires_grad_() for t in (case.x, case.weight, case.lora_A, case.lora_B)]
+    return dispatch.route_for(*tensors, None, False, "auto").config
 
 
 def forget() -> None:

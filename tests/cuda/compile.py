@@ -20,10 +20,11 @@ import sysconfig
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from tests.ptx_emulator import Report, Struct, Uninitialised, parse, run
 from tests.ptx_emulator.syntax import Module
@@ -94,10 +95,11 @@ def ptx(source: str | Path, arch: str, defines: Defines | None = None) -> str:
 def cubin(source: str | Path, arch: str, defines: Defines | None = None) -> Path:
     """Machine code; beside it lies what ptxas said, with the ending .log."""
     text = _ptx_file(source, arch, defines)
-    target = text.with_suffix(".cubin")
-    if not target.exists():
-        command = [toolkit().ptxas, f"-arch={arch}", "-O3", "-v", "--generate-line-info", text]
-        target.with_suffix(".log").write_text(_made(command, target))
+    target, log = text.with_suffix(".cubin"), text.with_suffix(".log")
+    with _alone(target):
+        if not log.exists():
+            command = [toolkit().ptxas, f"-arch={arch}", "-O3", "-v", "--generate-line-info", text]
+            log.write_text(_made(command, target))
     return target
 
 
@@ -135,7 +137,12 @@ def sass(source: str | Path, arch: str, defines: Defines | None = None) -> dict[
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    text = _called([tool, "-c", cubin(source, arch, defines)])
+    return _disassembled(tool, cubin(source, arch, defines))
+
+
+@lru_cache(maxsize=1)
+def _disassembled(tool: Path, file: Path) -> dict[str, str]:
+    text = _called([tool, "-c", file])
     parts = re.split(r"^\s*\.section\s+\.text\.(\S+?),.*$", text, flags=re.M)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -148,8 +155,9 @@ def _ptx_file(source: str | Path, arch: str, defines: Defines | None) -> Path:
     for file in _included(path):
         key.update(file.read_bytes())
     target = STORE / f"{path.stem}-{arch}-{key.hexdigest()[:16]}.ptx"
-    if not target.exists():
-        _made([toolkit().nvcc, *flags, "-ptx", path], target)
+    with _alone(target):
+        if not target.exists():
+            _made([toolkit().nvcc, *flags, "-ptx", path], target)
     return target
 
 
@@ -171,9 +179,14 @@ def _included(source: Path) -> list[Path]:
     return seen
 
 
+def _alone(target: Path) -> FileLock:
+    """Of test processes side by side one makes a file, and the others wait for it."""
+    STORE.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{target}.lock")
+
+
 def _made(command: Sequence[object], target: Path) -> str:
     """Run a compiler with `-o` and move its result into place in one step."""
-    STORE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=STORE) as folder:
         made = Path(folder) / target.name
         output = _called([*command, "-o", made])

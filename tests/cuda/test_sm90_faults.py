@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.ptx_emulator import EVERY_SCHEDULE, TOGETHER, Schedule
+from tests.ptx_emulator.testing import with_fault
 
 from .sm90 import Case, kernel_text
 
@@ -237,9 +238,7 @@ EQUIVALENT = [
 
 
 def mutated(fault: Fault) -> str:
-    text = kernel_text(fault.case.kernel)
-    match = list(re.finditer(fault.pattern, text, re.S))[fault.nth]
-    return text[: match.start()] + match.expand(fault.new) + text[match.end() :]
+    return with_fault(kernel_text(fault.case.kernel), fault.pattern, fault.nth, fault.new)
 
 
 @pytest.mark.parametrize("fault", FINDINGS, ids=lambda fault: fault.name)

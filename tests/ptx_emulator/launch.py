@@ -224,7 +224,15 @@ def run(
         start = machine.memory.starts[i]
         if array.size and array.flags.writeable:
             array.view(np.uint8).reshape(-1)[:] = machine.memory.data[start : start + array.nbytes]
+    _take_apart(machine)
     return report
+
+
+def _take_apart(machine: Machine) -> None:
+    """Its parts and the built instructions refer to each other: without this they outlive it."""
+    parts = [part for part in vars(machine).values() if getattr(part, "machine", None) is machine]
+    for part in (*parts, machine):
+        vars(part).clear()
 
 
 def _check_directives(kernel: Kernel, layout: Layout) -> None:

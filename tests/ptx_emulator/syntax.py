@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from .instruction import (
@@ -30,7 +31,7 @@ class PtxSyntaxError(ValueError):
     """The text is not PTX that this parser understands."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Module:
     text: str
     target: str
@@ -38,13 +39,19 @@ class Module:
     entries: dict[str, tuple[int, int]]
 
     def kernel(self, name: str) -> Kernel:
-        """Parse one kernel; `name` may be any part that fits a single entry."""
+        """One kernel; `name` may be any part that fits a single entry."""
         if name not in self.entries:
             fits = [entry for entry in self.entries if name in entry]
             if len(fits) != 1:
                 raise PtxSyntaxError(f"kernel {name!r}: {len(fits)} of {list(self.entries)} fit")
             name = fits[0]
-        return _KernelParser(self, name, *self.entries[name]).parse()
+        return _parsed(self, name)
+
+
+@lru_cache(maxsize=32)
+def _parsed(module: Module, name: str) -> Kernel:
+    """Launches share the kernel: reading one costs more than executing it on a few blocks."""
+    return _KernelParser(module, name, *module.entries[name]).parse()
 
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)

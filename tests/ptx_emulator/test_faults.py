@@ -14,7 +14,7 @@ import pytest
 
 from . import EVERY_SCHEDULE, TOGETHER, Schedule
 from .cases import Case
-from .testing import fixture
+from .testing import fixture, with_fault
 
 TILE = Case("tile_gemm", {"M": 72, "N": 88, "K": 136})
 HOPPER = Case("hopper_gemm", {"M": 136, "N": 72, "K": 264})
@@ -281,11 +281,7 @@ def mutated(fault: Fault) -> str:
     entry = re.search(rf"\.entry {name}\w*\(", text)
     assert entry is not None
     end = text.find(".entry", entry.end())
-    matches = list(
-        re.compile(fault.pattern).finditer(text, entry.start(), end if end >= 0 else len(text))
-    )
-    match = matches[fault.nth]
-    return text[: match.start()] + match.expand(fault.new) + text[match.end() :]
+    return with_fault(text, fault.pattern, fault.nth, fault.new, entry.start(), end)
 
 
 @pytest.mark.parametrize("fault", TEXT, ids=lambda fault: fault.name)

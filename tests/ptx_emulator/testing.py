@@ -35,6 +35,13 @@ def module(name: str) -> Module:
     return parse(fixture(name))
 
 
+def with_fault(text: str, pattern: str, nth: int, new: str, start: int = 0, end: int = -1) -> str:
+    """The text with the `nth` match of `pattern` in [start, end) replaced; `.` fits newlines."""
+    stop = end if end >= 0 else len(text)
+    match = list(re.compile(pattern, re.S).finditer(text, start, stop))[nth]
+    return text[: match.start()] + match.expand(new) + text[match.end() :]
+
+
 def launch_of(text: str) -> tuple[int, int]:
     """Dynamic shared bytes and threads that a Triton fixture needs."""
     shared = re.search(r"// shared (\d+) warps", text)

@@ -7,6 +7,7 @@ the whole host side runs as it ships: grids, strides, workspaces, descriptors, a
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from tests.ptx_emulator import (
     parse,
     run,
 )
+from tests.ptx_emulator.syntax import Module
 from tests.triton.compiled import Compiled, Map, Pointer, Request, compile_kernel
 
 DEFAULT_OPTIONS = {"num_warps": 4, "num_stages": 3}
@@ -180,9 +182,8 @@ def _execute(
             args += _descriptor(value, next(maps), buffers)
         else:
             args.append(value)
-    kernel = parse(compiled.ptx)
     report = run(
-        kernel,
+        _module(compiled.ptx),
         compiled_name(compiled),
         grid,
         compiled.threads,
@@ -192,6 +193,11 @@ def _execute(
         counters=emulation.counters,
     )
     return report.check(), list(buffers.arrays)
+
+
+@functools.lru_cache(maxsize=32)
+def _module(text: str) -> Module:
+    return parse(text)
 
 
 def compiled_name(compiled: Compiled) -> str:
