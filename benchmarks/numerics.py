@@ -47,7 +47,7 @@ class Checker:
         """With dropout only our own providers can be: torch's random stream is another one."""
         if dropout and not provider.ours:
             return Verdict(OK, "unchecked: another random stream")
-        expected = self._expect(provider.lora, dropout)
+        expected = self._expect(provider.lora or provider.merged, dropout)
         ratios: dict[str, float] = {}
         complaints = []
         for name, got in _outputs(built):

@@ -1,5 +1,8 @@
 """The frozen layer, which is the unit, and LoRA as plain torch computes it."""
 
+from dataclasses import replace
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,3 +41,12 @@ def smart(t: CaseTensors, dropout: float) -> Call:
         return F.linear(x, t.w, t.bias).addmm_(s, t.b.to(x.dtype).t(), alpha=t.scaling)
 
     return call
+
+
+def merged(t: CaseTensors, dropout: float) -> Call:
+    """W + scaling · B A in one weight, added in fp32 and rounded once: no LoRA at run time."""
+    with torch.no_grad():
+        delta = t.scaling * (t.b.float() @ t.a.float())
+        stored = (t.w.float() + delta).to(t.w.dtype)
+    weight = stored.t().contiguous().t() if t.fan_in_fan_out else stored
+    return frozen_linear(replace(t, w=weight))
