@@ -68,7 +68,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--threads", type=int, default=1, help="1 is timed by CPU time, more by the wall clock"
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all")
-    parser.add_argument("--layers", nargs="+", help="gpt2, gpt2.c_fc, 768x2304, ...; default: all")
+    parser.add_argument(
+        "--layers", nargs="+", help="gpt2, gpt2.c_fc, vllm, 768x2304, ...; see models.py"
+    )
     parser.add_argument("--m", nargs="+", type=int, help=f"tokens; default: {TOKENS}")
     parser.add_argument("--r", nargs="+", type=int, help=f"ranks; default: {RANKS}")
     parser.add_argument(
@@ -105,7 +107,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     )
     dtypes, tokens, ranks = args.dtype or DTYPES, args.m or TOKENS, args.r or RANKS
     if args.full:
-        return product_cases(layers, dtypes, tokens, ranks)
+        return product_cases(layers, dtypes, args.m, args.r)
     if args.device != "cpu" and not (args.layers or args.m or args.r):
         return [c for c in gpu_cases() if c.dtype in dtypes]
     return [

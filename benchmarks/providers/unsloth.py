@@ -21,7 +21,8 @@ def layer(t: CaseTensors, dropout: float) -> Call:
     if t.bias is not None:
         raise NotServed("unsloth leaves layers with a bias to PEFT")
     # At import it writes generated code, by default into the working directory.
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.mkdtemp(prefix="unsloth-"))
+    elsewhere = os.path.join(tempfile.gettempdir(), "unsloth_compiled_cache")
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", elsewhere)
     with leaving_others_alone("unsloth"):
         from unsloth.kernels.fast_lora import apply_lora_o  # type: ignore[import-not-found]
 
