@@ -1,7 +1,8 @@
 """lora_fused with its choice taken away: by one backend, or by one strategy of one backend.
 
-Both directions run by the strategy. Such a call skips the look-up of its choice (a few microseconds
-of Python) and is otherwise what the library runs. On GPUs the tiles are those that the cost model
+Both directions run by the strategy; dx by the library where the strategy has no kernel for it
+(`decode` of the backend `cuda`). Such a call skips the look-up of its choice (a few microseconds of
+Python) and is otherwise what the library runs. On GPUs the tiles are those that the cost model
 thinks best for the strategy.
 """
 
@@ -99,7 +100,7 @@ def _problem(
 
 
 def config_for(problem: Problem, backend: str, strategy: str) -> Config:
-    """Forward and dx by this strategy. Raises NotServed where the backend has none for them."""
+    """Forward by this strategy, and dx if it can. Raises NotServed where forward has no kernel."""
     _refuse(backend, problem)
     if backend == "cpu":
         return Config(backend, strategy, strategy, cpu.isa(), thread_count(problem))
@@ -107,15 +108,14 @@ def config_for(problem: Problem, backend: str, strategy: str) -> Config:
         part: _best(problem, part, backend, "reduce" if part == "reduce" else strategy)
         for part in parts_of(problem)
     }
-    for part, option in best.items():
-        if option is None and part != "reduce":
-            raise NotServed(f"{backend} has no {strategy} kernel for {part} of {problem}")
+    if best["forward"] is None:
+        raise NotServed(f"{backend} has no {strategy} kernel for {problem}")
     tiles = {part: option.tiles for part, option in best.items() if option is not None}
     shrink = best_candidate(problem, "shrink", backend)
     return Config(
         backend,
         strategy,
-        strategy,
+        strategy if "dx" in tiles else "library",
         forward_tiles=tiles.get("forward"),
         dx_tiles=tiles.get("dx"),
         shrink_tiles=shrink.tiles if shrink else None,
