@@ -37,6 +37,8 @@ from benchmarks.tensors import CaseTensors, make_tensors
 from lora_fused import FusedLoRALinear, backends
 from lora_fused.config import Problem
 from lora_fused.devices import DEVICES
+from lora_fused.functional import draw_seed
+from lora_fused.reference import dropout_threshold
 from tests import fake_backend, fake_peers
 from tests.gpu_double import pretended_gpu
 
@@ -179,6 +181,25 @@ def test_every_compiled_layer_is_compiled(monkeypatch: pytest.MonkeyPatch) -> No
     for M in range(1, layers + 1):
         BY_NAME["compile-naive"].build(make_tensors(Case(PLAIN, "fp32", M, 4)), 0.0).forward()
     assert len(graphs) == layers
+
+
+def test_dropout_is_right_under_a_mask_that_torch_draws_and_under_no_other() -> None:
+    """As lora_fused drops where a GPU's own kernels are not used (functional.py)."""
+
+    def drawing(t: CaseTensors, dropout: float) -> Callable[[Tensor], Tensor]:
+        def call(x: Tensor) -> Tensor:
+            draw_seed(x.device)
+            p = dropout_threshold(dropout) / 65536
+            keep = torch.empty(x.shape, dtype=torch.bool).bernoulli_(1.0 - p)
+            return x @ t.w.t() + t.scaling / (1 - p) * ((x * keep) @ t.a.t() @ t.b.t())
+
+        return call
+
+    provider = Provider("drawing", "drawing", drawing, ours=True)
+    assert verdict(provider, Case(PLAIN, "fp32", 33, 16), 0.25).status == OK
+    stranger = replace(BY_NAME["naive"], ours=True)
+    found = verdict(stranger, Case(PLAIN, "fp32", 33, 16), 0.25)
+    assert found.status == WRONG and found.error_ratios["dx"] > 100
 
 
 # Peers that are not on this machine: doubles with the interfaces of their sources
