@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -254,17 +255,18 @@ def test_a_run_goes_on_past_peers_that_lie_crash_or_decline(
     assert found["unsloth"].error_ratio is not None and found["unsloth"].error_ratio > 100
 
 
-def test_a_peer_that_patches_what_others_run_is_refused() -> None:
-    layer = torch.nn.Linear
-    original = layer.forward
+def test_what_a_peer_patches_at_import_is_put_back() -> None:
+    linear, function = torch.nn.Linear.forward, torch.nn.functional.linear
     with (
-        pytest.raises(RuntimeError, match=r"importing peer replaced torch\.nn\.Linear\.forward"),
-        pytest.MonkeyPatch.context() as patch,
+        pytest.warns(UserWarning, match=r"importing peer replaced torch\.nn\.Linear\.forward"),
+        pytest.warns(UserWarning, match=r"replaced torch\.nn\.functional\.linear: put back"),
         leaving_others_alone("peer"),
     ):
-        patch.setattr(layer, "forward", lambda self, x: original(self, x))
-    with leaving_others_alone("peer"):
-        pass
+        torch.nn.Linear.forward = lambda self, x: x  # type: ignore[method-assign]
+        torch.nn.functional.linear = lambda x, w, b=None: x  # type: ignore[assignment]
+    assert torch.nn.Linear.forward is linear and torch.nn.functional.linear is function
+    with warnings.catch_warnings(), leaving_others_alone("peer"):
+        warnings.simplefilter("error")
 
 
 # Ours with its choice taken away
