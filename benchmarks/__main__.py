@@ -12,7 +12,7 @@ from benchmarks import compare, gpu_report, model_gpu
 from benchmarks.claims import suite as claims
 from benchmarks.goals import goal_rows
 from benchmarks.progress import Progress
-from benchmarks.providers import FROZEN, PROVIDERS
+from benchmarks.providers import PROVIDER_NAMES, named
 from benchmarks.record import Results
 from benchmarks.report import write_report
 from benchmarks.run import Settings, run
@@ -68,12 +68,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--threads", type=int, default=1, help="1 is timed by CPU time, more by the wall clock"
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all")
-    parser.add_argument("--layers", nargs="+", help="gpt2, gpt2.c_fc, 768x2304, ...; default: all")
+    parser.add_argument(
+        "--layers", nargs="+", help="gpt2, gpt2.c_fc, vllm, 768x2304, ...; see models.py"
+    )
     parser.add_argument("--m", nargs="+", type=int, help=f"tokens; default: {TOKENS}")
     parser.add_argument("--r", nargs="+", type=int, help=f"ranks; default: {RANKS}")
     parser.add_argument(
-        "--providers", nargs="+", choices=[p.name for p in PROVIDERS], help="default: all"
-    )
+        "--providers", nargs="+", choices=PROVIDER_NAMES, metavar="NAME", help=(
+            f"names or groups: {', '.join(PROVIDER_NAMES)}; default: default, also with --full"
+        ),
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
         "--cold", action="store_true", help="rotate over weight copies larger than the caches"
@@ -103,7 +107,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     )
     dtypes, tokens, ranks = args.dtype or DTYPES, args.m or TOKENS, args.r or RANKS
     if args.full:
-        return product_cases(layers, dtypes, tokens, ranks)
+        return product_cases(layers, dtypes, args.m, args.r)
     if args.device != "cpu" and not (args.layers or args.m or args.r):
         return [c for c in gpu_cases() if c.dtype in dtypes]
     return [
@@ -155,12 +159,11 @@ def main() -> None:
         not args.no_memory and args.device == "cpu",
         args.device,
     )
-    providers = [p for p in PROVIDERS if not args.providers or p.name in (FROZEN, *args.providers)]
     json_path = args.json or LOCAL / f"{datetime.now():%Y%m%d-%H%M%S}-{settings.mode}.json"
     html_path = args.html or json_path.with_suffix(".html")
 
     results = run(
-        settings, cases, providers, Progress(console, budget),
+        settings, cases, named(args.providers), Progress(console, budget),
         on_header=lambda results: print_header(console, results), save_to=json_path,
     )  # fmt: skip
     goals = goal_rows(results)

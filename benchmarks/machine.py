@@ -12,7 +12,10 @@ import torch
 from benchmarks.roof import peak_gflops
 from lora_fused.backends import cpu
 
-_PACKAGES = ("torch", "lora_fused", "peft", "transformers", "loralib", "numpy")
+_PACKAGES = (
+    *("torch", "lora_fused", "peft", "transformers", "loralib", "numpy"),
+    *("unsloth", "axolotl", "bitsandbytes", "lycoris-lora", "freesolo-chalk", "lorafusion"),
+)
 
 
 def describe_machine(threads: int, device: str = "cpu") -> dict[str, Any]:

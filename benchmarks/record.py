@@ -13,7 +13,7 @@ from benchmarks.timing import Quantiles, paired_interval, paired_ratio
 SCHEMA = "lora_fused.benchmarks"
 SCHEMA_VERSION = 2
 
-OK, WRONG, ERROR = "ok", "wrong", "error"
+OK, WRONG, ERROR, NOT_SERVED = "ok", "wrong", "error", "not served"
 
 
 @dataclass

@@ -21,8 +21,8 @@ from benchmarks.machine import (
 from benchmarks.memory import SECTION_PROVIDERS, measure_in_fresh_process, peak_and_held
 from benchmarks.numerics import Checker
 from benchmarks.progress import Progress
-from benchmarks.providers import FROZEN, PEFT, PROVIDERS, Built, Provider
-from benchmarks.record import ERROR, OK, Record, Results
+from benchmarks.providers import FROZEN, PEFT, PROVIDERS, Built, NotServed, Provider
+from benchmarks.record import ERROR, NOT_SERVED, OK, Record, Results
 from benchmarks.shapes import FORWARD, PASSES, Case
 from benchmarks.tensors import CaseTensors, make_tensors
 from benchmarks.timing import clock_for, interleaved, pace_of
@@ -157,6 +157,8 @@ def _prepare(
         if status == OK:
             peak, held = peak_and_held(first)
             built = [first, *(provider.build(copy, dropout) for copy in copies[1:])]
+    except NotServed as reason:
+        status, message, ratios = NOT_SERVED, str(reason), {}
     except Exception as error:  # a provider that crashes is reported, and the run goes on
         status, ratios = ERROR, {}
         message = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -1,50 +1,31 @@
-"""The layers of real models, the cases made of them, and how many FLOPs a case is worth."""
+"""The cases made of layers, and how many FLOPs a case is worth."""
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+
+from benchmarks.models import MODELS, PEERS
+from benchmarks.models import Layer as Layer
 
 FORWARD = "F"
 FORWARD_BACKWARD = "F+B"
 PASSES = (FORWARD, FORWARD_BACKWARD)
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer, K in_features to N out_features. `fan_in_fan_out`: stored as [K, N]."""
-
-    model: str
-    name: str
-    K: int
-    N: int
-    bias: bool = False
-    fan_in_fan_out: bool = False
-
-    @property
-    def key(self) -> str:
-        return f"{self.model}.{self.name}"
+def _layers(*keys: str) -> tuple[Layer, ...]:
+    known = {layer.key: layer for layer in (*MODELS, *PEERS)}
+    return tuple(known[key] for key in keys)
 
 
-LAYERS = (
-    Layer("gpt2", "c_attn", 768, 2304, bias=True, fan_in_fan_out=True),
-    Layer("gpt2", "c_fc", 768, 3072, bias=True, fan_in_fan_out=True),
-    Layer("roberta-large", "query", 1024, 1024, bias=True),
-    Layer("llama-3.2-1b", "q", 2048, 2048),
-    Layer("llama-3.2-1b", "kv", 2048, 512),
-    Layer("llama-3.2-1b", "gate", 2048, 8192),
-    Layer("llama-3.2-1b", "down", 8192, 2048),
-    Layer("qwen2.5-7b", "q", 3584, 3584, bias=True),
-    Layer("qwen2.5-7b", "kv", 3584, 512, bias=True),
-    Layer("square", "4096", 4096, 4096),  # the square of 2048 is llama-3.2-1b.q
+LAYERS = _layers(
+    *("gpt2.c_attn", "gpt2.c_fc", "roberta-large.query"),
+    *("llama-3.2-1b.q", "llama-3.2-1b.kv", "llama-3.2-1b.gate", "llama-3.2-1b.down"),
+    *("qwen2.5-7b.q", "qwen2.5-7b.kv", "square.4096"),
 )
-GPU_LAYERS = (
-    Layer("llama-3.1-8b", "q", 4096, 4096),
-    Layer("llama-3.1-8b", "kv", 4096, 1024),
-    Layer("llama-3.1-8b", "gate", 4096, 14336),
-    Layer("llama-3.1-8b", "down", 14336, 4096),
-    Layer("qwen2.5-7b", "q", 3584, 3584, bias=True),
-    Layer("gpt2", "c_attn", 768, 2304, bias=True, fan_in_fan_out=True),
-    Layer("nemo", "ragged", 500, 224),
+"""Of a run that names none. The others of models.py join by --layers."""
+GPU_LAYERS = _layers(
+    *("llama-3.1-8b.q", "llama-3.1-8b.kv", "llama-3.1-8b.gate", "llama-3.1-8b.down"),
+    *("qwen2.5-7b.q", "gpt2.c_attn", "nemo.ragged"),
 )
 TOKENS = (1, 16, 128, 512, 2048)
 RANKS = (8, 16, 64)
@@ -145,27 +126,32 @@ def quick_cases() -> list[Case]:
 def product_cases(
     layers: Iterable[Layer] = LAYERS,
     dtypes: Iterable[str] = DTYPES,
-    tokens: Sequence[int] = TOKENS,
-    ranks: Sequence[int] = RANKS,
+    tokens: Sequence[int] | None = None,
+    ranks: Sequence[int] | None = None,
     dropouts: tuple[float, ...] = DROPOUTS,
 ) -> list[Case]:
-    """Every combination, small M first."""
-    return [
+    """Every combination, small M first.
+
+    tokens, ranks: None stands for those of the layer's own benchmark, else for TOKENS and RANKS.
+    """
+    cases = [
         Case(layer, dtype, M, R, dropouts)
-        for M in tokens
         for dtype in dtypes
         for layer in layers
-        for R in ranks
+        for M in tokens or layer.tokens or TOKENS
+        for R in ranks or layer.ranks or RANKS
     ]
+    return sorted(cases, key=lambda case: case.M)
 
 
 def parse_layer(text: str) -> list[Layer]:
-    """'gpt2' (all of a model), 'gpt2.c_fc' (one layer) or '768x2304' (a made-up K x N)."""
+    """'gpt2', 'vllm' (all of a model or of a peer's benchmark), 'gpt2.c_fc' (one layer) or
+    '768x2304' (a made-up K x N)."""
     if size := re.fullmatch(r"(\d+)x(\d+)", text):
         return [Layer("custom", text, int(size[1]), int(size[2]))]
-    found = [layer for layer in LAYERS if text in (layer.key, layer.model)]
+    found = [layer for layer in (*MODELS, *PEERS) if text in (layer.key, layer.model)]
     if not found:
-        known = ", ".join(layer.key for layer in LAYERS)
+        known = ", ".join(dict.fromkeys(layer.model for layer in (*MODELS, *PEERS)))
         raise ValueError(f"no layer is called {text!r}; known: {known}, or KxN such as 768x2304")
     return found
 

@@ -7,12 +7,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.goals import GoalRow
-from benchmarks.providers import FROZEN, OURS, PREPACKED, PROVIDERS
+from benchmarks.providers import ALL_PROVIDERS, FROZEN, OURS, PREPACKED
 from benchmarks.record import OK, Record, Results
 from benchmarks.shapes import PASSES
 from benchmarks.summary import NOISE, against_best, class_means
 
-LABELS = {p.name: p.label for p in PROVIDERS}
+LABELS = {p.name: p.label for p in ALL_PROVIDERS}
 
 
 def human_bytes(count: float) -> str:
