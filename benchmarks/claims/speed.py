@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import loralib  # type: ignore[import-untyped]
+import loralib
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model

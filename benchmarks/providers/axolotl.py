@@ -18,7 +18,7 @@ def layer(t: CaseTensors, dropout: float) -> Call:
     if t.fan_in_fan_out:
         raise NotServed("axolotl reads the weight as [out, in], GPT-2's Conv1D stores [in, out]")
     with leaving_others_alone("axolotl"):
-        from axolotl.kernels.lora import apply_lora_linear  # type: ignore[import-not-found]
+        from axolotl.kernels.lora import apply_lora_linear
 
     projection = peft.layer(t, dropout)
 

@@ -18,7 +18,7 @@ def layer(t: CaseTensors, dropout: float) -> Call:
     if dropout:
         raise NotServed("Chalk leaves layers with dropout to PEFT")
     with leaving_others_alone("chalk"):
-        from chalk.ops.lora import load_lora  # type: ignore[import-not-found]
+        from chalk.ops.lora import load_lora
 
     delta: Any = load_lora()
     if delta is None:

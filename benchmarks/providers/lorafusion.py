@@ -19,7 +19,7 @@ def layer(t: CaseTensors, dropout: float) -> Call:
     if t.fan_in_fan_out:
         raise NotServed("LoRAFusion reads the weight as [out, in], GPT-2's Conv1D stores [in, out]")
     with leaving_others_alone("lorafusion"):
-        from lorafusion.ops.lora_v1 import fused_linear_lora  # type: ignore[import-not-found]
+        from lorafusion.ops.lora_v1 import fused_linear_lora
 
     def call(x: Tensor) -> Tensor:
         y: Tensor = fused_linear_lora(

@@ -10,7 +10,7 @@ from benchmarks.tensors import CaseTensors
 
 
 def layer(t: CaseTensors, dropout: float) -> Call:
-    import loralib  # type: ignore[import-untyped]
+    import loralib
 
     return filled(loralib.Linear, t, dropout)
 

@@ -24,7 +24,7 @@ def rebuild(t: CaseTensors, dropout: float) -> Call:
 def _module(t: CaseTensors, dropout: float, bypass_mode: bool) -> Any:
     if dropout:
         raise NotServed("LyCORIS drops elements of the branch's output, not of x")
-    from lycoris.modules.locon import LoConModule  # type: ignore[import-not-found]
+    from lycoris.modules.locon import LoConModule
 
     rank = t.a.shape[0]
     module = LoConModule(

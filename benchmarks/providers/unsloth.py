@@ -24,7 +24,7 @@ def layer(t: CaseTensors, dropout: float) -> Call:
     elsewhere = os.path.join(tempfile.gettempdir(), "unsloth_compiled_cache")
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", elsewhere)
     with leaving_others_alone("unsloth"):
-        from unsloth.kernels.fast_lora import apply_lora_o  # type: ignore[import-not-found]
+        from unsloth.kernels.fast_lora import apply_lora_o
 
     block = SimpleNamespace(o_proj=peft.layer(t, dropout))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchtune.modules.peft import LoRALinear  # type: ignore[import-not-found]
+from torchtune.modules.peft import LoRALinear
 
 from lora_fused.dispatch import resolve_backend, route_for
 from lora_fused.explain import LayerReport, needs_of
