@@ -41,7 +41,8 @@ def lora_linear(
         dropout_p: probability of dropping an element of x on the LoRA branch, rounded to 1/65536.
         training: no dropout if False.
         seed: of the dropout mask, 64 bits. None draws one from torch's generator of x's device, so
-            that torch.manual_seed and activation checkpointing reproduce the mask.
+            that torch.manual_seed and activation checkpointing reproduce the mask. Where plain
+            torch computes the layer, torch draws the mask itself then, no less reproducibly.
         backend: "auto", "torch", "cpu" (native kernels), "triton" or "cuda".
 
     Returns:
@@ -104,8 +105,8 @@ def call_layer(
         route = route_for(x, *params, dropout, backend, packed, given_mask=True)
     if x.dtype != route.compute:
         x = x.to(route.compute)
-    if mask is not None and seed is None and route.problem.device is not None:
-        mask, keep = drawn_where_cheaper(route, mask)
+    if mask is not None and seed is None and route.config.backend == "torch":
+        mask, keep = None, drawn_mask(route, mask, x.device)
     call = Call(route, scale, mask, packed, keep)
     if route.needs:
         return LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, call)
@@ -185,17 +186,14 @@ def make_mask(seed: int | Tensor | None, dropout_p: float) -> Mask:
     return Mask(seed, dropout_threshold(dropout_p))
 
 
-def drawn_where_cheaper(route: Route, mask: Mask) -> tuple[Mask | None, Tensor | None]:
-    """A mask of bytes instead of one to regenerate, where the kernels of a GPU are not used.
+def drawn_mask(route: Route, mask: Mask, device: torch.device) -> Tensor:
+    """A mask of bytes [M, K] instead of one to regenerate, where none of our kernels run.
 
     To regenerate it with torch's operations would take longer than the whole layer. Only for a seed
     that nobody asked for: the bits are not those of reference.keep_mask.
     """
-    problem = route.problem
-    if route.config.backend != "torch" or not isinstance(mask.seed, Tensor):
-        return mask, None
-    keep = torch.empty(problem.M, problem.K, dtype=torch.bool, device=mask.seed.device)
-    return None, keep.bernoulli_(1.0 - mask.threshold / 65536)
+    keep = torch.empty(route.problem.M, route.problem.K, dtype=torch.bool, device=device)
+    return keep.bernoulli_(1.0 - mask.threshold / 65536)
 
 
 def _plain_formula(

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lora_fused import FusedLoRALinear, lora_linear
+from lora_fused import FusedLoRALinear, functional, lora_linear
 from lora_fused.backends import cpu
+from lora_fused.config import Mask
 from lora_fused.reference import dropout_threshold, keep_mask, philox_4x32
 from lora_fused.testing import check_case, make_case
 from tests.conftest import Path, native_isas
@@ -154,15 +155,36 @@ def test_expectation_is_the_layer_without_dropout(main_path: Path) -> None:
     assert deviation.abs().max().item() < 5
 
 
-def test_all_paths_draw_the_same_mask(path: Path) -> None:
-    layer = FusedLoRALinear(40, 24, r=4, lora_dropout=0.5, backend=path.backend)
-    torch.nn.init.normal_(layer.lora_B)
-    x = torch.randn(9, 40)
+def test_all_kernels_draw_the_same_mask(path: Path) -> None:
+    """With or without a seed that the caller gave; the library has the same bits for the former."""
+    case = make_case(9, 40, 24, 4, dropout_p=0.5)
+    args = (case.x, case.weight, case.lora_A, case.lora_B, case.scaling, case.bias, 0.5, True)
     torch.manual_seed(5)
-    got = layer(x)
-    torch.manual_seed(5)
-    layer.backend = "torch"
-    torch.testing.assert_close(got, layer(x))
+    seed = int(functional.draw_seed(torch.device("cpu")).item())
+    expected = lora_linear(*args, seed=seed, backend="torch")
+    torch.testing.assert_close(lora_linear(*args, seed=seed, backend=path.backend), expected)
+    if path.backend != "torch":
+        torch.manual_seed(5)
+        torch.testing.assert_close(lora_linear(*args, backend=path.backend), expected)
+
+
+def test_the_library_regenerates_no_mask_that_nobody_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With torch's operations that takes longer than the layer does: 5 times, for a small one."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the mask was regenerated")
+
+    monkeypatch.setattr(Mask, "keep", refuse)
+    layer = FusedLoRALinear(40, 24, r=4, lora_dropout=0.5, backend="torch")
+    layer(torch.randn(9, 40, requires_grad=True)).sum().backward()
+    case = make_case(9, 40, 24, 4, dropout_p=0.5)
+    with pytest.raises(AssertionError, match="the mask was regenerated"):
+        lora_linear(
+            case.x, case.weight, case.lora_A, case.lora_B, 1.0, dropout_p=0.5, seed=3,
+            backend="torch",
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", [5, (1 << 63) + 5, (1 << 64) - 1])
