@@ -106,7 +106,7 @@ def call_layer(
     if x.dtype != route.compute:
         x = x.to(route.compute)
     if mask is not None and seed is None and route.config.backend == "torch":
-        mask, keep = None, drawn_mask(route, mask, x.device)
+        keep, mask = drawn_mask(route, mask, x.device), None
     call = Call(route, scale, mask, packed, keep)
     if route.needs:
         return LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, call)
