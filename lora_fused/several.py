@@ -27,9 +27,9 @@ from lora_fused.autograd import (
 )
 from lora_fused.backends import BACKENDS, torch_ops
 from lora_fused.backends.torch_ops import flatten
-from lora_fused.config import Call, Route
+from lora_fused.config import Call, Mask, Route
 from lora_fused.dispatch import also_forget, route_for
-from lora_fused.functional import call_layer, draw_seed, is_traced, make_mask
+from lora_fused.functional import call_layer, draw_seed, drawn_mask, is_traced, make_mask
 from lora_fused.reference import dropout_threshold, effective_scaling
 
 _MAX_ROUTES = 1024
@@ -78,7 +78,7 @@ class SeveralAdaptersFunction(torch.autograd.Function):
         dW   = dyᵀ x,   dbias = Σ_m dy
 
     Saved: x, every s_i and the parameters themselves; the masks are regenerated where the backend
-    does that (see functional.drawn_where_cheaper), else kept as bytes.
+    does that (see functional.drawn_mask), else kept as bytes.
     """
 
     @staticmethod
@@ -142,10 +142,9 @@ def _call(route: Route, x: Tensor, adapter: Adapter) -> Call:
     if threshold == 0:
         return Call(own, scaling)
     scale = effective_scaling(scaling, p)
-    if route.problem.device is None:
+    if route.problem.device is None and route.config.backend != "torch":
         return Call(own, scale, make_mask(draw_seed(x.device), p))
-    keep = torch.empty(route.problem.M, route.problem.K, dtype=torch.bool, device=x.device)
-    return Call(own, scale, keep=keep.bernoulli_(1 - threshold / 65536))
+    return Call(own, scale, keep=drawn_mask(route, Mask(0, threshold), x.device))
 
 
 def _own_route(route: Route, lora_A: Tensor, lora_B: Tensor) -> Route:

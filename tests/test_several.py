@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from lora_fused.reference import dropout_threshold, effective_scaling, keep_mask
 from lora_fused.several import Adapter, call_several
 from lora_fused.testing import Case, assert_close_to_ref, make_case
 from tests import fake_backend
-from tests.conftest import Path
+from tests.conftest import TORCH, Path
 from tests.gpu_double import pretended_gpu
 
 SEED = 11
@@ -33,9 +32,13 @@ def layers(M: int, K: int, N: int, dtype: torch.dtype, **changes: Any) -> list[C
     ]
 
 
-def own_masks(x: Tensor, ps: Sequence[float]) -> list[Tensor | None]:
-    """The masks of a call that follows torch.manual_seed(SEED)."""
+def own_masks(x: Tensor, ps: Sequence[float], by_torch: bool) -> list[Tensor | None]:
+    """The masks of a call that follows torch.manual_seed(SEED): drawn by torch, or regenerated."""
     torch.manual_seed(SEED)
+    if by_torch:
+        keep = ((1 - dropout_threshold(p) / 65536, torch.empty(x.shape, dtype=torch.bool))
+                for p in ps)  # fmt: skip
+        return [mask.bernoulli_(share) if share < 1 else None for share, mask in keep]
     return [
         keep_mask(int(draw_seed(x.device)), *x.shape, p) if dropout_threshold(p) > 0 else None
         for p in ps
@@ -86,7 +89,7 @@ def ours(
 
 
 def check(cases: list[Case], ps: Sequence[float] = PROBABILITIES, backend: str = "auto") -> None:
-    masks = own_masks(cases[0].x, ps)
+    masks = own_masks(cases[0].x, ps, backend == "torch")
     truth = by_definition(cases, torch.float64, ps, masks)
     baseline = by_definition(cases, cases[0].x.dtype, ps, masks)
     got = ours(cases, ps, None, backend)
@@ -151,16 +154,22 @@ def test_only_what_is_asked_for(main_path: Path, needed: str) -> None:
         torch.testing.assert_close(t[needed].grad, expected[needed])
 
 
-def test_no_mask_is_kept() -> None:
+def test_kernels_keep_no_mask(main_path: Path) -> None:
     cases = layers(64, 512, 56, torch.float32)
     x = cases[0].x.requires_grad_()
     adapters = [Adapter(c.lora_A, c.lora_B, c.scaling, 0.5) for c in cases]
     saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
-        call_several(x, cases[0].weight.requires_grad_(), None, adapters, "auto")
-    gc.collect()
-    assert not any(t.dtype == torch.bool for t in saved)
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        weight = cases[0].weight.requires_grad_()
+        y = call_several(x, weight, None, adapters, main_path.backend)
     assert sum(t.shape == x.shape for t in saved) == 1
+    kept = [call.keep is not None for call in y.grad_fn.calls]  # type: ignore[union-attr]
+    assert kept == [main_path == TORCH] * 3
 
 
 def test_twice_backward_and_none_in_double() -> None:
@@ -188,7 +197,7 @@ def test_autocast(main_path: Path) -> None:
         y = call_several(t["x"], t["weight"], t["bias"], adapters, main_path.backend)
     assert y.dtype == torch.bfloat16
     y.backward(low[0].dy)
-    masks = own_masks(cases[0].x, PROBABILITIES)
+    masks = own_masks(cases[0].x, PROBABILITIES, main_path == TORCH)
     truth = by_definition(low, torch.float64, PROBABILITIES, masks)
     baseline = by_definition(low, torch.bfloat16, PROBABILITIES, masks)
     assert_close_to_ref("y", y, truth["y"], baseline["y"])
@@ -219,12 +228,7 @@ def test_on_a_gpu_the_masks_are_bytes() -> None:
     with pretended_gpu(), forcing(split):
         got = ours(cases, PROBABILITIES, None, "auto")
         assert fake_backend.calls.count("matmul forward") == 1
-    torch.manual_seed(SEED)
-    masks = [
-        torch.empty(30, 72, dtype=torch.bool).bernoulli_(1 - dropout_threshold(p) / 65536)
-        if p > 0 else None
-        for p in PROBABILITIES
-    ]  # fmt: skip
+    masks = own_masks(cases[0].x, PROBABILITIES, by_torch=True)
     truth = by_definition(cases, torch.float64, PROBABILITIES, masks)
     baseline = by_definition(cases, torch.float32, PROBABILITIES, masks)
     for name, tensor in got.items():
