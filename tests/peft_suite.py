@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -85,8 +86,12 @@ def fetch_tests(folder: Path) -> Path:
 def run(root: Path, fused: bool, selection: str) -> dict[str, dict[str, int]]:
     """One run of the suite: the outcomes of its tests and the calls of our layers."""
     result = root / f"result-{fused}.json"
-    here = Path(__file__).resolve().parent
-    paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
+    # NOTE: a folder of its own: beside it here lies tests/triton, which would hide triton.
+    plugin = root / "plugin"
+    plugin.mkdir(exist_ok=True)
+    shutil.copy(__file__, plugin)
+    here = Path(__file__).resolve().parents[1]
+    paths = [str(plugin), str(here), os.environ.get("PYTHONPATH", "")]
     offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
     env = {
         **os.environ, **dict.fromkeys(offline, "1"), "OMP_NUM_THREADS": "1",

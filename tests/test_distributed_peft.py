@@ -124,6 +124,22 @@ def test_torch_masks_are_not_drawn_for_dtensors(world: World) -> None:
     world.run(torch_mask)
 
 
+def two_masks() -> None:
+    """Nor two masks for one layer."""
+    model = adapted(llama(), lora_dropout=0.5)
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    model.base_model.set_adapter(["default", "second"])
+    accelerate(model, verbose=False)
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    parallelize_module(layer, init_device_mesh("cpu", (2,)), ColwiseLoRA())
+    with pytest.warns(UserWarning, match="several adapters with dropout: on a DTensor only one"):
+        layer(torch.randn(3, layer.in_features))
+
+
+def test_several_masks_are_not_drawn_for_dtensors(world: World) -> None:
+    world.run(two_masks)
+
+
 def sharded_first() -> None:
     model = adapted(llama())
     layer = model.base_model.model.model.layers[0].mlp.down_proj

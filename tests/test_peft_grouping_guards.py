@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("peft")
 
@@ -308,3 +309,40 @@ def test_a_layer_called_twice_is_no_member() -> None:
         model(x)
     assert explain(model).group_calls == 0 and not explain(model).groups[0].groups
     assert torch.equal(*model(x)[::2])
+
+
+def test_a_checkpoint_groups_alike_in_both_passes() -> None:
+    """Whatever is missed or learnt between a forward pass and its recomputation."""
+    model, x = attention(), torch.randn(5, 12)
+    stock = copy.deepcopy(model)
+    learnt(model)
+    siblings = grouping.siblings_of(parts_of(model).parent)
+    for change in (siblings.miss, lambda why: siblings.learn([["k", "v"]]), siblings.miss):
+        results = []
+        for each in (model, stock):
+            each.zero_grad()
+            inputs = x.clone().requires_grad_()
+            ys = checkpoint(each, inputs, use_reentrant=False)
+            if each is model:
+                change("a reason")
+            sum(y.square().sum() for y in ys).backward()
+            results.append([inputs.grad, *(p.grad for p in each.parameters() if p.requires_grad)])
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    # A recomputed forward ends inside its first group, which saves all that is asked for.
+    assert explain(model).group_calls == 3 and siblings.misses == 2
+
+
+def test_a_forward_that_ends_in_an_exception_missed_nothing() -> None:
+    model, x = attention(), torch.randn(5, 12)
+    learnt(model)
+    parts = parts_of(model)
+
+    def ends_early(parent: Any, x: Tensor) -> list[Tensor]:
+        raise KeyError(parent.q(x).shape)
+
+    parts.parent.script = ends_early
+    with pytest.raises(KeyError):
+        model(x)
+    (status,) = explain(model).groups
+    assert status.misses == 0 and status.groups == (("q", "k", "v"),)

@@ -229,15 +229,6 @@ def test_input_subclass() -> None:
     assert_falls_back(small(), "the input is a Subclass, not a plain torch.Tensor", x)
 
 
-def test_several_adapters_with_dropout() -> None:
-    model = small(adapters=2, lora_dropout=0.2)
-    model.base_model.set_adapter(["default", "other1"])
-    assert_falls_back(model, "several adapters are active with dropout")
-    model.eval()
-    model(torch.randn(2, 12))
-    assert explain(model).fused_calls == 1
-
-
 def test_forward_mode_differentiation() -> None:
     model, x, t = small(), torch.randn(2, 12), torch.randn(2, 12)
     accelerate(model, verbose=False)

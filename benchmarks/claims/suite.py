@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.claims import counts, speed, storage
+from benchmarks.claims import counts, rank, speed, storage
 from benchmarks.claims.claim import Claim
 from benchmarks.machine import commit, describe_machine, versions
 
@@ -24,6 +24,7 @@ PARTS: dict[str, Callable[[], list[Claim]]] = {
     "task switching": speed.switching,
     "training throughput": speed.training,
     "inference latency": speed.inference,
+    "rank deficiency": rank.claims,
 }
 
 

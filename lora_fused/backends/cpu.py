@@ -146,7 +146,7 @@ def matmul(
         return torch_ops.matmul(route, direction, x, weight, s, adapter, bias, out=out)
     y = torch_ops.matmul(route, direction, x, weight, None, None, bias, out=out)
     if s is not None and adapter is not None:
-        _expand(route, direction, y, s, adapter, mask)
+        expand(route, direction, y, s, adapter, mask)
     return y
 
 
@@ -187,10 +187,10 @@ def _own(
     return y
 
 
-def _expand(
+def expand(
     route: Route, direction: str, y: Tensor, s: Tensor, adapter: Tensor, mask: Mask | None
 ) -> None:
-    """y += mask ⊙ (s l): the extended matmul with nothing but its extension."""
+    """See torch_ops.expand: the extended matmul with nothing but its extension."""
     config, N = route.config, y.shape[-1]
     seed, threshold = (0, 0) if mask is None else _words(mask)
     R, *rank_term = _rank_term(s, adapter, direction == "forward")

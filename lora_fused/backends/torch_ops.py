@@ -57,9 +57,19 @@ def matmul(
     else:
         y = torch.mm(x2, w) if bias is None else torch.addmm(bias, x2, w)
     if s is not None and adapter is not None:
-        l = adapter.t() if forward else adapter
-        y = y.addmm_(s, l) if mask is None else y.add_(_dropped(torch.mm(s, l), mask))
+        expand(route, direction, y, s, adapter, mask)
     return y.view(route.y_shape if forward else route.x_shape)
+
+
+def expand(
+    route: Route, direction: str, y: Tensor, s: Tensor, adapter: Tensor, mask: Mask | None
+) -> None:
+    """y [..., N] += mask ⊙ (s l), with l as in matmul. y is contiguous."""
+    y2, l = flatten(y), adapter.t() if direction == "forward" else adapter
+    if mask is None:
+        y2.addmm_(s, l)
+    else:
+        y2.add_(_dropped(torch.mm(s, l), mask))
 
 
 def rank_first(

@@ -23,6 +23,10 @@ from lora_fused.integrations.grouping_rule import why_it_does_not_pay, why_too_f
 if TYPE_CHECKING:
     from lora_fused.integrations.grouping import Siblings
 
+_NOT_BEFORE_HOOKS = (
+    "saved-tensor hooks (checkpointing, offloading) were on before the groups were known: "
+    "one pass without them, as in torch.no_grad(), then accelerate"
+)
 _local = threading.local()  # .top: the innermost open window of this thread
 
 
@@ -116,15 +120,24 @@ class Window:
         name = self._name_of(layer)
         if name is None:
             return None
+        groups = self.siblings.groups
+        if torch.is_grad_enabled() and _saved_tensor_hooks_are_on():
+            groups = self._groups_under_hooks(name)
         if self.observes:
             self._observe(name, x)
-            return None
         if name in self.ready:
             return self._take(name, x)
-        for group in self.siblings.groups or ():
+        for group in groups or ():
             if group[0] == name:
                 return self._lead(group, x)
         return None
+
+    def _groups_under_hooks(self, name: str) -> tuple[tuple[str, ...], ...]:
+        """The groups that both passes of a checkpoint agree on."""
+        groups = self.siblings.groups_under_hooks()
+        if any(group[0] == name and group not in groups for group in self.siblings.groups or ()):
+            self.siblings.alone[_NOT_BEFORE_HOOKS] += 1
+        return groups
 
     def _observe(self, name: str, x: Tensor) -> None:
         """Note a call: in the run of the last one if it is on the same, unchanged tensor."""
@@ -200,12 +213,13 @@ def _why_alone(x: Tensor) -> str | None:
         return "calls are recorded or transformed"
     if x.is_inference():
         return "an inference tensor does not tell whether it was written"
-    if torch.is_grad_enabled() and _saved_tensor_hooks_are_on():
-        return "saved-tensor hooks are on (checkpointing, offloading)"
     return None
 
 
 def _saved_tensor_hooks_are_on() -> bool:
-    """NOTE: checkpointing compares what a recomputed forward saves with what the first one saved.
-    A group saves other tensors than its members alone, and the two passes need not both know it."""
+    """Whether saved tensors are checkpointed or offloaded.
+
+    NOTE: checkpointing compares what a recomputed forward saves with what the first one saved. A
+    group saves other tensors than its members alone, so that both passes must know it or none.
+    """
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

@@ -12,6 +12,7 @@ What is computed ahead ends with the parent's call, by an exception too.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +35,9 @@ class Siblings:
 
     Holds names, never modules, so that copies and pickles of the parent carry their own.
     groups: None until a window has observed the calls. alone counts why a known group did not
-    run as one.
+    run as one. fixed: the groups of calls under saved-tensor hooks (checkpointing, offloading), as
+    they were known at the first such call and ever after: a recomputed forward must group exactly
+    what the first one grouped, whatever was learnt or missed in between.
     """
 
     names: tuple[str, ...]
@@ -44,13 +47,20 @@ class Siblings:
     calls: int = 0
     misses: int = 0
     alone: Counter[str] = field(default_factory=Counter)
+    fixed: tuple[tuple[str, ...], ...] | None = None
+
+    def groups_under_hooks(self) -> tuple[tuple[str, ...], ...]:
+        """The groups of a call under saved-tensor hooks."""
+        if self.fixed is None:
+            self.fixed = self.groups or ()
+        return self.fixed
 
     def open(self, parent: nn.Module, args: Any) -> None:
         """Forward pre-hook of the parent."""
         if torch.compiler.is_compiling():
             return
         there = sum(can_join(parent._modules.get(name)) for name in self.names)
-        if there < 2 or (self.groups == () and self.misses == 0):
+        if there < 2 or (self.groups == () and self.misses == 0 and not self.fixed):
             detach(parent)
             return
         open_window(parent, self)
@@ -62,6 +72,8 @@ class Siblings:
         window = close_window(parent)
         if window is None:
             return
+        if result is None and sys.exc_info()[0] is not None:
+            return  # checkpointing ends a recomputed forward so, as soon as it has what it needs
         if window.ready:
             self.miss(f"{', '.join(window.ready)}: not called after its siblings")
         elif window.runs:
@@ -104,6 +116,7 @@ def attach_all(model: nn.Module, group: str) -> None:
             kept = before is not None and before.names == names
             siblings = before if before is not None and kept else Siblings(names)
             siblings.always = group == "always"
+            siblings.fixed = None
             put_back(parent, siblings)
 
 

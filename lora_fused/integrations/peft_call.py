@@ -25,9 +25,11 @@ from lora_fused.integrations.peft_guards import (
     child,
     drops,
     is_conv1d,
+    several_masks,
     why_stock_input,
     why_stock_layer,
 )
+from lora_fused.several import Adapter, call_several
 
 _KNOWN_ARGUMENTS = {"adapter_names", "alora_offsets"}
 
@@ -76,25 +78,41 @@ def _has_more_than_names(kwargs: dict[str, Any]) -> bool:
 
 def fused_call(layer: Any, x: Tensor, adapters: Sequence[str], options: Options) -> Tensor:
     """What PEFT's forward computes with these adapters, in one pass over x and y."""
+    if several_masks(layer, adapters):
+        weight, bias = _weight(layer), _bias(layer, adapters)
+        each = [_with_mask(layer, name, x, options) for name in adapters]
+        return call_several(x, weight, bias, each, options.backend)
     weight, lora_A, lora_B, bias, scaling = operands(layer, adapters)
     p, keep = 0.0, None
     if adapters and drops(layer, adapters[0]):
-        p = child(layer, "lora_dropout", adapters[0]).p
+        _, _, _, p, keep = _with_mask(layer, adapters[0], x, options)
+    return call_layer(x, weight, lora_A, lora_B, bias, scaling, p, None, options.backend, keep=keep)
+
+
+def _with_mask(layer: Any, name: str, x: Tensor, options: Options) -> Adapter:
+    """One adapter with its dropout, and torch's mask where that is wanted."""
+    lora_A, lora_B, scaling = _one_adapter(layer, [name])
+    p, keep = 0.0, None
+    if drops(layer, name):
+        p = child(layer, "lora_dropout", name).p
         if options.match_torch_rng:
             keep = torch_mask(x, p, lora_A.dtype)
-    return call_layer(x, weight, lora_A, lora_B, bias, scaling, p, None, options.backend, keep=keep)
+    return Adapter(lora_A, lora_B, scaling, p, keep)
 
 
 def operands(layer: Any, adapters: Sequence[str]) -> tuple[Any, Any, Any, Any, float]:
     """weight [N, K], lora_A, lora_B, bias and scaling; without adapters the latter are None."""
-    base = layer._modules["base_layer"]
-    weight = parameter(base, "weight")
-    if is_conv1d(base):
-        weight = weight.t()
     if not adapters:
-        return weight, None, None, parameter(base, "bias"), 1.0
+        return _weight(layer), None, None, _bias(layer, adapters), 1.0
     lora_A, lora_B, scaling = _one_adapter(layer, adapters)
-    return weight, lora_A, lora_B, _bias(layer, adapters), scaling
+    return _weight(layer), lora_A, lora_B, _bias(layer, adapters), scaling
+
+
+def _weight(layer: Any) -> Tensor:
+    """The base weight [N, K], whichever way it is stored."""
+    base = layer._modules["base_layer"]
+    weight: Tensor = parameter(base, "weight")
+    return weight.t() if is_conv1d(base) else weight
 
 
 def _one_adapter(layer: Any, adapters: Sequence[str]) -> tuple[Tensor, Tensor, float]:

@@ -52,8 +52,8 @@ def why_stock_layer(layer: Any, adapters: Sequence[str], options: Options) -> st
         why = _why_stock_adapter(layer, adapter, options)
         if why is not None:
             return why
-    if len(adapters) > 1 and any(drops(layer, name) for name in adapters):
-        return "several adapters are active with dropout: each has its own mask"
+    if several_masks(layer, adapters) and is_distributed(parameter(base, "weight")):
+        return "several adapters with dropout: on a DTensor only one mask can be drawn"
     return None
 
 
@@ -108,6 +108,11 @@ def is_conv1d(module: nn.Module) -> bool:
 def drops(layer: Any, adapter: str) -> bool:
     """Whether dropout changes the input of this adapter now."""
     return drops_now(child(layer, "lora_dropout", adapter))
+
+
+def several_masks(layer: Any, adapters: Sequence[str]) -> bool:
+    """Whether adapters cannot be stacked into one, because each draws a mask of its own."""
+    return len(adapters) > 1 and any(drops(layer, name) for name in adapters)
 
 
 def child(layer: nn.Module, container: str, name: str) -> Any:

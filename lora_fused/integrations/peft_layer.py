@@ -76,7 +76,8 @@ class FusedLinear(Linear):
         layer: Any = self
         weight, lora_A, lora_B, bias, _ = operands(layer, adapters)
         needs = needs_of({"weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias})
-        dropout, backend = drops(layer, adapters[0]), self._lora_fused.options.backend
+        dropout = any(drops(layer, adapter) for adapter in adapters)
+        backend = self._lora_fused.options.backend
         parts = of_this_rank(x, weight, lora_A, lora_B, bias)
         route = route_for(*parts, dropout, backend, needs=needs)
         why = route.config.notes + gpu_lines(route.problem, route.config, x.device, backend)
