@@ -7,6 +7,7 @@ import multiprocessing
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,6 +90,8 @@ def test_processes_that_write_at_once_lose_nothing() -> None:
 def test_threads_that_ask_at_once_measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(0.001, shrink_matmul=0.0001)
     monkeypatch.setattr(gpu_tuning, "stopwatch", clock)
+    # A busy machine would end one of the two measurements after fewer rounds.
+    monkeypatch.setattr(gpu_tuning, "time", SimpleNamespace(perf_counter=lambda: 0.0))
     threads = [threading.Thread(target=config_of) for _ in range(6)]
     for thread in threads:
         thread.start()
