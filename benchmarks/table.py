@@ -1,6 +1,7 @@
 """What the terminal shows: the machine, the class means, the worst cells, the goals."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -10,7 +11,8 @@ from benchmarks.goals import GoalRow
 from benchmarks.providers import ALL_PROVIDERS, FROZEN, OURS, PREPACKED
 from benchmarks.record import OK, Record, Results
 from benchmarks.shapes import PASSES
-from benchmarks.summary import NOISE, against_best, class_means
+from benchmarks.summary import NOISE, ClassMean, against_best, class_means
+from benchmarks.timing import Interval
 
 LABELS = {p.name: p.label for p in ALL_PROVIDERS}
 
@@ -23,11 +25,20 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
+def with_interval(median: float, low: float | None, high: float | None) -> str:
+    """A ratio and half the width of its interval: "1.04±.01"."""
+    if low is None or high is None:
+        return f"{median:.2f}"
+    return f"{median:.2f}±{f'{(high - low) / 2:.2f}'.removeprefix('0')}"
+
+
 def machine_lines(results: Results) -> list[tuple[str, str]]:
     """Name and value of everything worth knowing about where the run happened."""
     m = results.machine
     caches = ", ".join(f"{name} {human_bytes(size)}" for name, size in m["caches"].items())
     peaks = ", ".join(f"{dtype} {rate:.0f} GFLOP/s" for dtype, rate in m["peak_gflops"].items())
+    gemms = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in m.get("gemm_gflops", {}).items())
+    roofs = f"GEMM {gemms} GFLOP/s, copy {m['copy_gbytes']:.1f} GB/s" if gemms else "not measured"
     gpu = m.get("gpu")
     facts = ", ".join(f"{k} {v}" for k, v in gpu.items() if k != "name") if gpu else ""
     return [
@@ -37,12 +48,29 @@ def machine_lines(results: Results) -> list[tuple[str, str]]:
         ("threads", f"{m['threads']}, {'CPU' if m['threads'] == 1 else 'wall clock'} time"),
         ("caches", caches or "unknown"),
         ("one core's peak", peaks or "not measured (takes a C compiler, on x86)"),
+        ("measured roofs", roofs),
+        *_states(m),
         ("torch", f"{m['torch_capability']}, MKL {_yes(m['mkl'])}, oneDNN {_yes(m['onednn'])}, "
                   f"AMX {_yes(m['amx'])}"),
         ("lora_fused", m["native"]),
         ("versions", ", ".join(f"{k} {v}" for k, v in results.versions.items())),
         ("commit", results.commit),
     ]  # fmt: skip
+
+
+def _states(machine: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Load and clocks before and, once it is over, after the run."""
+    return [
+        (f"{when} the run", ", ".join(_state_words(machine[when])))
+        for when in ("before", "after")
+        if when in machine
+    ]
+
+
+def _state_words(state: Mapping[str, Any]) -> list[str]:
+    words = [f"load {' '.join(str(x) for x in state['load'])}"] if "load" in state else []
+    words += [f"CPU {state['cpu_mhz']} MHz"] if "cpu_mhz" in state else []
+    return words + [f"{name} {value}" for name, value in state.get("gpu", {}).items()]
 
 
 def _yes(value: bool) -> str:
@@ -77,7 +105,10 @@ def _class_table(records: Sequence[Record], dropout: float) -> Table:
     names = [
         n for n in LABELS if n != FROZEN and any(n == m for row in means.values() for m, _ in row)
     ]
-    table = _table(f"Time ÷ frozen nn.Linear, dropout {dropout:g}, r ≤ 16 (geometric mean)")
+    table = _table(
+        f"Time ÷ frozen nn.Linear, dropout {dropout:g}, r ≤ 16 (geometric mean of medians ± half "
+        "the 95 % interval)"
+    )
     for column in ("dtype", "M", "cases", "pass"):
         table.add_column(column)
     for name in names:
@@ -85,10 +116,18 @@ def _class_table(records: Sequence[Record], dropout: float) -> Table:
     for (dtype, M), row in means.items():
         cases = str(max(mean.cases for mean in row.values()))
         for pass_ in PASSES:
-            cells = [f"{row[n, pass_].tax:.2f}" if (n, pass_) in row else "-" for n in names]
+            cells = [_mean_cell(row.get((name, pass_))) for name in names]
             head = (dtype, M, cases) if pass_ == PASSES[0] else ("", "", "")
             table.add_row(*head, pass_, *cells)
     return table
+
+
+def _interval_cell(interval: Interval) -> str:
+    return with_interval(interval.median, interval.low, interval.high)
+
+
+def _mean_cell(mean: ClassMean | None) -> str:
+    return "-" if mean is None else with_interval(mean.tax, mean.low, mean.high)
 
 
 def _table(title: str) -> Table:
@@ -119,7 +158,7 @@ def _print_worst(console: Console, records: Sequence[Record], count: int = 8) ->
         color = "red" if ratio.q25 > NOISE else "yellow" if rivalry.is_worse else "green"
         table.add_row(
             r.layer_key, r.dtype, str(r.M), str(r.R), f"{r.dropout:g}", r.pass_, r.provider,
-            rivalry.rival, f"[{color}]{ratio.median:.2f}",
+            rivalry.rival, f"[{color}]{_interval_cell(rivalry.interval)}",
         )  # fmt: skip
     console.print(table)
 

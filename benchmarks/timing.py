@@ -118,6 +118,18 @@ def paired_interval(samples: Sequence[float], base: Sequence[float]) -> Interval
     return bootstrap([s / b for s, b in zip(samples, base, strict=True)])
 
 
+def mean_interval(intervals: Sequence[Interval]) -> Interval:
+    """The geometric mean of independent medians, and its interval.
+
+    On the logarithmic scale the half-widths add up as standard errors do: root of the sum of
+    squares, divided by their number.
+    """
+    mean, count = geometric_mean([i.median for i in intervals]), len(intervals)
+    down = math.hypot(*(math.log(i.median / i.low) for i in intervals)) / count
+    up = math.hypot(*(math.log(i.high / i.median) for i in intervals)) / count
+    return Interval(mean, mean * math.exp(-down), mean * math.exp(up))
+
+
 def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(statistics.fmean(math.log(v) for v in values))
 

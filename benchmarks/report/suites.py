@@ -1,0 +1,104 @@
+"""What the report says of each suite other than the layers': one section, made from its records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.figures.panel import words
+from benchmarks.figures.suites import peak_dots, ratio_dots, row_of
+from benchmarks.record import OK, SuiteRecord
+from benchmarks.table import human_bytes, with_interval
+
+ABOUT = {
+    "kernel": "Each operation alone, against the machine's measured roofs.",
+    "group": "Projections that share their input (q, k, v; gate, up), together.",
+    "block": "A decoder block, full training step.",
+    "model": "A small model, full training step.",
+    "decode": "One new token per sequence.",
+    "memory": "Peak memory above inputs and parameters.",
+    "compile": "The same layers under torch.compile.",
+    "overhead": "Time of Python and dispatch per call, on a layer too small to matter.",
+}
+
+
+@dataclass(frozen=True)
+class SuiteTable:
+    """Rows are items, columns providers."""
+
+    title: str
+    names: list[str]
+    rows: list[tuple[str, list[str]]]
+
+
+@dataclass(frozen=True)
+class SuiteSection:
+    name: str
+    about: str
+    bases: list[str]
+    figures: list[str]
+    tables: list[SuiteTable]
+    details: list[SuiteRecord]
+    failures: list[SuiteRecord]
+
+
+def sections(records: Sequence[SuiteRecord]) -> list[SuiteSection]:
+    """One per suite, in the order of the records."""
+    return [
+        _section(name, [r for r in records if r.suite == name])
+        for name in dict.fromkeys(r.suite for r in records)
+    ]
+
+
+def _section(name: str, own: Sequence[SuiteRecord]) -> SuiteSection:
+    figures, tables = [], []
+    for dtype, pass_ in dict.fromkeys((r.dtype, r.pass_) for r in own):
+        part = [r for r in own if (r.dtype, r.pass_) == (dtype, pass_)]
+        title = f"{dtype}, {words(pass_)}"
+        drawn = (ratio_dots(part, title), peak_dots(part, title))
+        figures += [figure for figure in drawn if figure is not None]
+        tables += _tables(part, title)
+    return SuiteSection(
+        name=name,
+        about=ABOUT.get(name, ""),
+        bases=list(dict.fromkeys(r.base for r in own if r.ratio is not None)),
+        figures=figures,
+        tables=tables,
+        details=[r for r in own if r.timed or r.peak_bytes is not None],
+        failures=[r for r in own if r.status != OK],
+    )
+
+
+def _tables(part: Sequence[SuiteRecord], title: str) -> list[SuiteTable]:
+    kinds: tuple[tuple[str, Callable[[SuiteRecord], str | None]], ...] = (
+        ("", _ratio), (", peak memory", _peak)
+    )  # fmt: skip
+    return [
+        table
+        for words_of_kind, cell in kinds
+        if (table := _table(part, title + words_of_kind, cell)) is not None
+    ]
+
+
+def _table(
+    part: Sequence[SuiteRecord], title: str, cell: Callable[[SuiteRecord], str | None]
+) -> SuiteTable | None:
+    known = [(r, said) for r in part if (said := cell(r)) is not None]
+    names = list(dict.fromkeys(r.provider for r, _ in known))
+    cells = {(row_of(r), r.provider): said for r, said in known}
+    rows = [
+        (item, [cells.get((item, name), "-") for name in names])
+        for item in dict.fromkeys(row_of(r) for r, _ in known)
+    ]
+    return SuiteTable(title, names, rows) if rows else None
+
+
+def _ratio(r: SuiteRecord) -> str | None:
+    """Nothing for the base, whose ratio is 1."""
+    if r.ratio is None or r.provider == r.base:
+        return None
+    return with_interval(r.ratio, r.ratio_low, r.ratio_high)
+
+
+def _peak(r: SuiteRecord) -> str | None:
+    return None if r.peak_bytes is None else human_bytes(r.peak_bytes)
