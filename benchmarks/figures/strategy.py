@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, to_hex, to_rgb
 from matplotlib.patches import Patch
 
 from benchmarks.figures.panel import data_uri, panel
 from benchmarks.strategy import StrategyMap
 
-# (letter, colour) of every strategy that a backend can have.
+# (letter, colour) of every strategy that a backend can have; Triton's in small and lighter.
 _LOOKS = {
     "library": ("L", "#dfe3e8"),
     "own": ("O", "#a9c9e8"),
@@ -18,7 +18,7 @@ _LOOKS = {
     "hybrid": ("H", "#f0d9a8"),
     "split": ("S", "#a9c9e8"),
     "s_first": ("F", "#6ea8dc"),
-    "one_pass": ("1", "#b9b3e3"),
+    "one_pass": ("P", "#b9b3e3"),
     "decode": ("D", "#a5dccb"),
 }
 
@@ -34,7 +34,7 @@ def _map(found: StrategyMap, direction: str, cells: Sequence[Sequence[str]]) -> 
     title = f"{found.device}, {found.dtype}, {direction}"
     figure, axes = panel(title + (": modelled" if found.modelled else ""), 1.35 + 0.26 * len(cells))
     names = list(dict.fromkeys(cell for row in cells for cell in row))
-    looks = {name: _LOOKS[name.split()[-1]] for name in names}
+    looks = {name: _look(name) for name in names}
     axes.imshow(
         [[names.index(cell) for cell in row] for row in cells], aspect="auto", origin="lower",
         cmap=ListedColormap([color for _, color in looks.values()]), vmin=-0.5,
@@ -55,3 +55,10 @@ def _map(found: StrategyMap, direction: str, cells: Sequence[Sequence[str]]) -> 
         handlelength=1.2,
     )  # fmt: skip
     return data_uri(figure)
+
+
+def _look(name: str) -> tuple[str, str]:
+    letter, color = _LOOKS[name.split()[-1]]
+    if not name.startswith("triton "):
+        return letter, color
+    return letter.lower(), to_hex([1 - 0.5 * (1 - c) for c in to_rgb(color)])
