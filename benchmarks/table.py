@@ -14,7 +14,8 @@ from benchmarks.shapes import PASSES
 from benchmarks.summary import NOISE, ClassMean, against_best, class_means
 from benchmarks.timing import Interval
 
-LABELS = {p.name: p.label for p in ALL_PROVIDERS}
+LABELS = {p.name: p.label for p in PROVIDERS}
+_CLASS_WIDTH, _CELL_WIDTH = 26, 9  # characters of the columns that name the class, and of a cell
 
 
 def human_bytes(count: float) -> str:
@@ -90,9 +91,8 @@ def print_header(console: Console, results: Results) -> None:
 
 
 def print_results(console: Console, results: Results, goals: Sequence[GoalRow]) -> None:
-    console.print(_class_table(results.records, 0.0))
-    for dropout in sorted({r.dropout for r in results.records} - {0.0}):
-        console.print(_class_table(results.records, dropout))
+    for dropout in sorted({0.0} | {r.dropout for r in results.records}):
+        _print_classes(console, results.records, dropout)
     _print_failures(console, results.records)
     _print_worst(console, results.records)
     console.print(_goal_table(goals))
@@ -100,15 +100,36 @@ def print_results(console: Console, results: Results, goals: Sequence[GoalRow]) 
         console.print(f"[yellow]Not run: {'; '.join(results.skipped)}")
 
 
-def _class_table(records: Sequence[Record], dropout: float) -> Table:
+def _print_classes(console: Console, records: Sequence[Record], dropout: float) -> None:
+    """Ours first, then as many of the others in one table as the console has room for."""
     means = class_means(records, dropout)
-    names = [
-        n for n in LABELS if n != FROZEN and any(n == m for row in means.values() for m, _ in row)
-    ]
-    table = _table(
-        f"Time ÷ frozen nn.Linear, dropout {dropout:g}, r ≤ 16 (geometric mean of medians ± half "
-        "the 95 % interval)"
-    )
+    present = {name for row in means.values() for name, _ in row} - {FROZEN}
+    order = sorted((n for n in LABELS if n in present), key=lambda n: n not in (OURS, PREPACKED))
+    title = f"Time ÷ frozen nn.Linear, dropout {dropout:g}, r ≤ 16: mean ± half the 95 % interval"
+    for names in _fitting(order, console.width - _CLASS_WIDTH):
+        console.print(_class_table(title, means, names))
+
+
+def _fitting(names: Sequence[str], room: int) -> list[list[str]]:
+    """The names in order, cut into lists whose columns fit into so many characters."""
+    found: list[list[str]] = []
+    left = 0
+    for name in names:
+        width = max(len(name), _CELL_WIDTH) + 1
+        if not found or width > left:
+            found.append([])
+            left = room
+        found[-1].append(name)
+        left -= width
+    return found
+
+
+def _class_table(
+    title: str,
+    means: Mapping[tuple[str, str], Mapping[tuple[str, str], ClassMean]],
+    names: Sequence[str],
+) -> Table:
+    table = _table(title)
     for column in ("dtype", "M", "cases", "pass"):
         table.add_column(column)
     for name in names:

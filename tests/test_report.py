@@ -1,4 +1,4 @@
-"""The HTML report of a real result file with made-up suites: what it shows, and that it is one file."""
+"""The HTML report of a real result file with made-up suites: what it shows, that it is one file."""
 
 from __future__ import annotations
 
@@ -149,7 +149,19 @@ def test_intervals_stand_in_the_table_and_the_report(results: Results, page: str
     assert said in text
     worst = max(against_best(results.records, OURS), key=lambda r: r.ratio.median).interval
     assert with_interval(worst.median, worst.low, worst.high) in text
-    assert f"{worst.low:.2f} – {worst.high:.2f}" in page
+    assert re.search(f">{worst.low:.2f} . {worst.high:.2f}<", page)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_cell_of_the_table_is_cut(results: Results, width: int) -> None:
+    console = Console(record=True, width=width)
+    print_results(console, results, [])
+    text = console.export_text()
+    classes = text[: text.index("Worst cells")]
+    assert "…" not in classes
+    for (dtype, M), row in class_means(results.records).items():
+        for mean in (m for (name, _), m in row.items() if name != FROZEN):
+            assert with_interval(mean.tax, mean.low, mean.high) in classes, (dtype, M)
 
 
 # Roofs
