@@ -1,6 +1,6 @@
 """What the terminal shows: the machine, the class means, the worst cells, the goals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.goals import GoalRow
-from benchmarks.providers import ALL_PROVIDERS, FROZEN, OURS, PREPACKED
+from benchmarks.providers import FROZEN, OURS, PEFT, PREPACKED, PROVIDERS, SMART
 from benchmarks.record import OK, Record, Results
 from benchmarks.shapes import PASSES
 from benchmarks.summary import NOISE, ClassMean, against_best, class_means
@@ -101,13 +101,19 @@ def print_results(console: Console, results: Results, goals: Sequence[GoalRow]) 
 
 
 def _print_classes(console: Console, records: Sequence[Record], dropout: float) -> None:
-    """Ours first, then as many of the others in one table as the console has room for."""
+    """As many providers in one table as the console has room for."""
     means = class_means(records, dropout)
     present = {name for row in means.values() for name, _ in row} - {FROZEN}
-    order = sorted((n for n in LABELS if n in present), key=lambda n: n not in (OURS, PREPACKED))
     title = f"Time ÷ frozen nn.Linear, dropout {dropout:g}, r ≤ 16: mean ± half the 95 % interval"
-    for names in _fitting(order, console.width - _CLASS_WIDTH):
+    for names in _fitting(in_order(present), console.width - _CLASS_WIDTH):
         console.print(_class_table(title, means, names))
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Ours first, then the closest rivals: what a narrow screen shows without scrolling."""
+    present = set(names)
+    first = [name for name in (OURS, PREPACKED, PEFT, SMART) if name in present]
+    return first + [name for name in LABELS if name in present - set(first)]
 
 
 def _fitting(names: Sequence[str], room: int) -> list[list[str]]:

@@ -25,7 +25,7 @@ def dropout_bars(records: Sequence[Record], pass_: str) -> str | None:
     bars(
         axes,
         [
-            (f"{label(n)}, {dtype}", 100 * cost, STYLES[n][0], f"{cost:+.0%}")
+            (f"{label(n)}, {dtype}", 100 * cost, STYLES[n][0], f"{cost:+.1%}")
             for n, dtype, cost in rows
         ],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.figures.panel import STRONG, data_uri, label, legend, panel, styles_of, words
 from benchmarks.providers import FROZEN, OURS, PEFT, PREPACKED
@@ -40,7 +40,9 @@ def roofline(results: Results, dtype: str, pass_: str) -> str | None:
     for set_scale in (axes.set_xscale, axes.set_yscale):
         set_scale("log")
     for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(NullLocator())
     axes.grid(color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.set_xlabel("FLOPs per byte that must move", fontsize=9)
@@ -59,7 +61,7 @@ def _points(own: Sequence[Record]) -> list[Point]:
 
 
 def _draw_roofs(axes: Axes, roofs: Roofs, points: Sequence[Point], fma_peak: float | None) -> None:
-    low = min(min(p.intensity for p in points), roofs.ridge) / 2
+    low = min(min(p.intensity for p in points), roofs.ridge / 8) / 2
     high = max(max(p.intensity for p in points), roofs.ridge) * 2
     axes.plot(
         [low, roofs.ridge, high], [roofs.gflops_at(i) for i in (low, roofs.ridge, high)],

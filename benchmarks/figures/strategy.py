@@ -61,4 +61,5 @@ def _look(name: str) -> tuple[str, str]:
     letter, color = _LOOKS[name.split()[-1]]
     if not name.startswith("triton "):
         return letter, color
-    return letter.lower(), to_hex([1 - 0.5 * (1 - c) for c in to_rgb(color)])
+    red, green, blue = (1 - 0.5 * (1 - c) for c in to_rgb(color))
+    return letter.lower(), to_hex((red, green, blue))

@@ -29,7 +29,7 @@ from benchmarks.summary import (
     excess_over_frozen,
     worst_error_ratios,
 )
-from benchmarks.table import LABELS, human_bytes, machine_lines, with_interval
+from benchmarks.table import human_bytes, in_order, machine_lines, with_interval
 from benchmarks.timing import geometric_mean
 
 
@@ -151,11 +151,8 @@ def _class_tables(records: Sequence[Record]) -> list[ClassTable]:
     for dropout in sorted({r.dropout for r in records}):
         for title, has in ranks.items():
             means = class_means(records, dropout, has)
-            names = [
-                n
-                for n in LABELS
-                if n != FROZEN and any((n, p) in row for row in means.values() for p in PASSES)
-            ]
+            present = {name for row in means.values() for name, _ in row}
+            names = in_order(present - {FROZEN})
             rows = [
                 (
                     dtype,

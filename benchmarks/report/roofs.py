@@ -11,7 +11,7 @@ from benchmarks.record import Record, Results
 from benchmarks.roofline import Roofs, percent_of, roofs_of
 from benchmarks.shapes import DTYPES, FORWARD
 from benchmarks.summary import GOAL_RANK, m_class
-from benchmarks.table import LABELS
+from benchmarks.table import in_order
 from benchmarks.timing import geometric_mean
 
 
@@ -49,7 +49,7 @@ def percent_table(results: Results) -> PercentTable | None:
         percent = percent_of(results.machine, r, lora=r.provider != FROZEN)
         if percent is not None:
             found[r.dtype, m_class(r.M)][r.provider].append(percent)
-    names = [name for name in LABELS if any(name in row for row in found.values())]
+    names = in_order(name for row in found.values() for name in row)
     rows = [
         (dtype, M, [f"{geometric_mean(row[n]):.0f}" if n in row else "-" for n in names])
         for (dtype, M), row in found.items()
