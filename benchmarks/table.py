@@ -111,9 +111,9 @@ def _print_classes(console: Console, records: Sequence[Record], dropout: float) 
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Ours first, then the closest rivals: what a narrow screen shows without scrolling."""
-    present = set(names)
-    first = [name for name in (OURS, PREPACKED, PEFT, SMART) if name in present]
-    return first + [name for name in LABELS if name in present - set(first)]
+    present = dict.fromkeys(names)
+    known = [name for name in (OURS, PREPACKED, PEFT, SMART, *LABELS) if name in present]
+    return list(dict.fromkeys((*known, *present)))
 
 
 def _fitting(names: Sequence[str], room: int) -> list[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections.abc import Sequence
 
 import matplotlib
@@ -28,18 +29,15 @@ STYLES = {
     PREPACKED: ("#0b9a7d", "P"),
 }
 STRONG = (OURS, PREPACKED)
-_MORE_STYLES = tuple(
-    (color, marker)
-    for marker in ("<", ">", "X", "p", "h")
-    for color in ("#b0708f", "#8d7bb8", "#7f9f6a", "#a58a72")
-)
+_MORE_COLORS = ("#b0708f", "#8d7bb8", "#7f9f6a", "#a58a72")
+_MORE_MARKERS = ("<", "X", "p", ">", "h")  # of other number than the colours: 20 pairs
 _TICKS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0)
 _FINE_TICKS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0)
 
 
 def styles_of(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each provider, ours last so that they are drawn on top."""
-    others = iter(_MORE_STYLES * (1 + len(names) // len(_MORE_STYLES)))
+    others = zip(itertools.cycle(_MORE_COLORS), itertools.cycle(_MORE_MARKERS), strict=False)
     found = {name: STYLES.get(name) or next(others) for name in names if name not in STRONG}
     return found | {name: STYLES[name] for name in names if name in STRONG}
 

@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.figures.panel import STRONG, data_uri, label, legend, panel, styles_of, words
 from benchmarks.providers import FROZEN, OURS, PEFT, PREPACKED
-from benchmarks.record import Record, Results
+from benchmarks.record import Record, Results, SuiteRecord
 from benchmarks.roofline import Point, Roofs, point_of, roofs_of
 
 _SHOWN = (FROZEN, PEFT, OURS, PREPACKED)
 
 
 def roofline(results: Results, dtype: str, pass_: str) -> str | None:
-    """GFLOP/s over FLOPs per byte of every case without dropout, and the two roofs."""
-    roofs = roofs_of(results.machine, dtype)
+    """GFLOP/s over FLOPs per byte of every case of the layer suite without dropout."""
     points = {
         name: _points([r for r in results.records if _belongs(r, name, dtype, pass_)])
         for name in _SHOWN
     }
-    points = {name: own for name, own in points.items() if own}
+    return _draw(results.machine, dtype, f"{dtype}, {words(pass_)}", points)
+
+
+def roofline_of_suite(
+    records: Sequence[SuiteRecord], machine: Mapping[str, Any], dtype: str, title: str
+) -> str | None:
+    """The same of records of another suite that say what they compute and move."""
+    points: dict[str, list[Point]] = {}
+    for r in records:
+        if r.gflops is not None and r.flops and r.bytes_moved:
+            points.setdefault(r.provider, []).append(Point(r.flops / r.bytes_moved, r.gflops))
+    return _draw(machine, dtype, title, points)
+
+
+def _draw(
+    machine: Mapping[str, Any], dtype: str, title: str, found: Mapping[str, Sequence[Point]]
+) -> str | None:
+    """None without roofs or points."""
+    roofs = roofs_of(machine, dtype)
+    points = {name: own for name, own in found.items() if own}
     if roofs is None or not points:
         return None
-    figure, axes = panel(f"{dtype}, {words(pass_)}", 3.6)
+    figure, axes = panel(title, 3.6)
     every = [p for own in points.values() for p in own]
-    _draw_roofs(axes, roofs, every, results.machine["peak_gflops"].get(dtype))
-    styles = {FROZEN: ("#333333", "_")} | styles_of([n for n in points if n != FROZEN])
+    _draw_roofs(axes, roofs, every, machine["peak_gflops"].get(dtype))
+    styles = styles_of(list(points)) | {FROZEN: ("#333333", "_")}
     for name, own in points.items():
         color, marker = styles[name]
         strong = name in STRONG

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.figures.panel import STRONG, data_uri, label, legend, panel, styles_of, tax_axis
 from benchmarks.record import SuiteRecord
@@ -11,10 +11,26 @@ _MAX_ROWS = 40
 _MIB = 1 << 20
 
 
-def row_of(record: SuiteRecord) -> str:
-    """The item and its sizes, in words."""
-    sizes = " ".join(f"{name}={size}" for name, size in record.shape.items())
-    return f"{record.item} {sizes}".strip()
+def common_sizes(records: Sequence[SuiteRecord]) -> dict[str, int]:
+    """The sizes that all records share."""
+    first = records[0].shape if records else {}
+    return {
+        name: size
+        for name, size in first.items()
+        if all(r.shape.get(name) == size for r in records)
+    }
+
+
+def in_words(sizes: Mapping[str, int]) -> str:
+    """ "M=16 K=64"."""
+    return " ".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def rows_of(records: Sequence[SuiteRecord]) -> list[str]:
+    """For each record the name of its row: the item, and the sizes in which the records differ."""
+    common = common_sizes(records)
+    own = [{n: size for n, size in r.shape.items() if n not in common} for r in records]
+    return [f"{r.item} {in_words(sizes)}".strip() for r, sizes in zip(records, own, strict=True)]
 
 
 def ratio_dots(records: Sequence[SuiteRecord], title: str) -> str | None:
@@ -37,8 +53,10 @@ def _dots(
     xlabel: str,
     log: bool,
 ) -> str | None:
-    rows = list(dict.fromkeys(row_of(r) for r in records))[:_MAX_ROWS]
-    shown = [r for r in records if row_of(r) in rows]
+    named = list(zip(rows_of(records), records, strict=True))
+    rows = list(dict.fromkeys(name for name, _ in named))[:_MAX_ROWS]
+    shown = [r for name, r in named if name in rows]
+    at = {id(r): rows.index(name) for name, r in named if name in rows}
     if not shown:
         return None
     figure, axes = panel(title, 1.3 + 0.235 * len(rows))
@@ -51,7 +69,7 @@ def _dots(
             above = [max((r.ratio_high or value(r)) - value(r), 0) for r in own]
             reach = (below, above)
         axes.errorbar(
-            [value(r) for r in own], [rows.index(row_of(r)) for r in own], xerr=reach, fmt=marker,
+            [value(r) for r in own], [at[id(r)] for r in own], xerr=reach, fmt=marker,
             color=color, label=label(name), markersize=6.5 if strong else 5, elinewidth=0.9,
             markeredgewidth=0, zorder=3 if strong else 2,
         )  # fmt: skip

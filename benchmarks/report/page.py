@@ -76,7 +76,7 @@ def write_report(results: Results, goals: Sequence[GoalRow], path: Path) -> None
         roof_figures=_present(roofline(results, d, p) for d in dtypes for p in PASSES),
         maps_here=_maps_here(results),
         maps_modelled=[f for name in MODELLED_GPUS for f in strategy_maps(modelled_map(name))],
-        suites=sections(results.suites),
+        suites=sections(results.suites, results.machine),
         dropout_figures=_present(dropout_bars(records, p) for p in PASSES),
         numerics=worst_error_ratios(records),
         failures=_failures(records),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.figures.panel import words
-from benchmarks.figures.suites import peak_dots, ratio_dots, row_of
+from benchmarks.figures.roofline import roofline_of_suite
+from benchmarks.figures.suites import common_sizes, in_words, peak_dots, ratio_dots, rows_of
 from benchmarks.record import OK, SuiteRecord
-from benchmarks.table import human_bytes, with_interval
+from benchmarks.table import human_bytes, in_order, with_interval
 
 ABOUT = {
     "kernel": "Each operation alone, against the machine's measured roofs.",
@@ -42,22 +44,27 @@ class SuiteSection:
     failures: list[SuiteRecord]
 
 
-def sections(records: Sequence[SuiteRecord]) -> list[SuiteSection]:
+def sections(records: Sequence[SuiteRecord], machine: Mapping[str, Any]) -> list[SuiteSection]:
     """One per suite, in the order of the records."""
     return [
-        _section(name, [r for r in records if r.suite == name])
+        _section(name, [r for r in records if r.suite == name], machine)
         for name in dict.fromkeys(r.suite for r in records)
     ]
 
 
-def _section(name: str, own: Sequence[SuiteRecord]) -> SuiteSection:
+def _section(name: str, own: Sequence[SuiteRecord], machine: Mapping[str, Any]) -> SuiteSection:
     figures, tables = [], []
     for dtype, pass_ in dict.fromkeys((r.dtype, r.pass_) for r in own):
         part = [r for r in own if (r.dtype, r.pass_) == (dtype, pass_)]
+        sizes = in_words(common_sizes(part))
         title = f"{dtype}, {words(pass_)}"
-        drawn = (ratio_dots(part, title), peak_dots(part, title))
+        drawn = (
+            ratio_dots(part, title),
+            roofline_of_suite(part, machine, dtype, f"{title}, roofline"),
+            peak_dots(part, title),
+        )
         figures += [figure for figure in drawn if figure is not None]
-        tables += _tables(part, title)
+        tables += _tables(part, f"{title}, {sizes}" if sizes else title)
     return SuiteSection(
         name=name,
         about=ABOUT.get(name, ""),
@@ -83,12 +90,15 @@ def _tables(part: Sequence[SuiteRecord], title: str) -> list[SuiteTable]:
 def _table(
     part: Sequence[SuiteRecord], title: str, cell: Callable[[SuiteRecord], str | None]
 ) -> SuiteTable | None:
-    known = [(r, said) for r in part if (said := cell(r)) is not None]
-    names = list(dict.fromkeys(r.provider for r, _ in known))
-    cells = {(row_of(r), r.provider): said for r, said in known}
+    cells = {
+        (row, r.provider): said
+        for row, r in zip(rows_of(part), part, strict=True)
+        if (said := cell(r)) is not None
+    }
+    names = in_order(provider for _, provider in cells)
     rows = [
         (item, [cells.get((item, name), "-") for name in names])
-        for item in dict.fromkeys(row_of(r) for r, _ in known)
+        for item in dict.fromkeys(row for row, _ in cells)
     ]
     return SuiteTable(title, names, rows) if rows else None
 
