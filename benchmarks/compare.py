@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -102,16 +103,20 @@ def _paired(samples: Sequence[float], base: Sequence[float]) -> list[float]:
 
 def show(console: Console, changes: Sequence[Change]) -> None:
     """A table of the significant changes, and how many cells there were, suite by suite."""
-    table = Table(title="time relative to the base of the same run: median [95 % interval]")
-    for heading in ("suite", "item", "dtype", "sizes", "pass", "provider", "before", "after"):
-        table.add_column(heading)
-    table.add_column("ratio", justify="right")
+    table = Table(
+        title="time relative to the base of the same run: median [95 % interval]",
+        box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    table.add_column("cell")
+    for heading in ("provider", "before", "after"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("ratio", justify="right", no_wrap=True)
     significant = [change for change in changes if change.significant]
     for change in significant:
         colour = "red" if change.ratio > 1 else "green"
-        table.add_row(
-            *change.cell, str(change.before), str(change.after), f"[{colour}]{change.ratio:.3f}"
-        )
+        *cell, provider = change.cell
+        before, after = (str(i).replace(" ", "\n", 1) for i in (change.before, change.after))
+        table.add_row(" ".join(cell), provider, before, after, f"[{colour}]{change.ratio:.3f}")
     if significant:
         console.print(table)
     for suite in dict.fromkeys(change.cell.suite for change in changes):

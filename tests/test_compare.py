@@ -110,6 +110,13 @@ def test_the_table_counts_suite_by_suite(made: Results) -> None:
     assert "M=4 R=4" in said and "llama" not in said
 
 
+def test_nothing_of_the_table_is_cut_on_a_narrow_terminal(made: Results) -> None:
+    console = Console(record=True, width=80)
+    show(console, compare(suite_results(made, 1.0), suite_results(made, 1.3)))
+    said = console.export_text()
+    assert "…" not in said and "llama" in said and OURS in said
+
+
 def test_nothing_in_common(made: Results) -> None:
     other = replace(made, records=[])
     with pytest.raises(ValueError, match="no timed case in common"):

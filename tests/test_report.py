@@ -241,7 +241,7 @@ def test_equal_directions_share_a_figure() -> None:
 
 def test_the_report_labels_what_is_modelled(page: str) -> None:
     strategies = section(page, "strategy")
-    here, modelled = strategies.split("<h3>On GPUs: modelled</h3>")
+    here, modelled = strategies.split('<h3 id="modelled">On GPUs: modelled</h3>')
     assert here.count("<img") == 1, "forward and dx of the made-up map are the same"
     assert modelled.count("<img") >= 3 and "Nothing here was measured" in modelled
 

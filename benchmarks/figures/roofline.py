@@ -87,12 +87,13 @@ def _draw_roofs(axes: Axes, roofs: Roofs, points: Sequence[Point], fma_peak: flo
         color="#555555", linewidth=1.4, zorder=1,
     )  # fmt: skip
     axes.annotate(
-        f"GEMM {roofs.gemm_gflops:.0f}", (high, roofs.gemm_gflops), fontsize=8, ha="right",
-        va="top", xytext=(0, -3), textcoords="offset points", color="#555555",
+        f"GEMM {roofs.gemm_gflops:.0f}", (roofs.ridge, roofs.gemm_gflops), fontsize=8, va="top",
+        xytext=(8, -3), textcoords="offset points", color="#555555",
     )  # fmt: skip
+    middle = (low * roofs.ridge) ** 0.5
     axes.annotate(
-        f"copy {roofs.copy_gbytes:.0f} GB/s", (low, roofs.gflops_at(low)), fontsize=8,
-        xytext=(14, -2), textcoords="offset points", color="#555555",
+        f"copy {roofs.copy_gbytes:.0f} GB/s", (middle, roofs.gflops_at(middle)), fontsize=8,
+        ha="right", xytext=(-6, 4), textcoords="offset points", color="#555555",
     )  # fmt: skip
     if fma_peak:
         axes.axhline(fma_peak, color="#999999", linewidth=0.9, linestyle=":")
