@@ -1,6 +1,6 @@
 """What the terminal shows: the machine, the class means, the worst cells, the goals."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.goals import GoalRow
-from benchmarks.providers import FROZEN, OURS, PEFT, PREPACKED, PROVIDERS, SMART
+from benchmarks.providers import FROZEN, OURS, PREPACKED, PROVIDERS
 from benchmarks.record import OK, Record, Results
+from benchmarks.roofline import percent_table
 from benchmarks.shapes import PASSES
-from benchmarks.summary import NOISE, ClassMean, against_best, class_means
+from benchmarks.summary import NOISE, ClassMean, against_best, class_means, in_order
 from benchmarks.timing import Interval
 
 LABELS = {p.name: p.label for p in PROVIDERS}
@@ -93,6 +94,7 @@ def print_header(console: Console, results: Results) -> None:
 def print_results(console: Console, results: Results, goals: Sequence[GoalRow]) -> None:
     for dropout in sorted({0.0} | {r.dropout for r in results.records}):
         _print_classes(console, results.records, dropout)
+    _print_percents(console, results)
     _print_failures(console, results.records)
     _print_worst(console, results.records)
     console.print(_goal_table(goals))
@@ -107,13 +109,6 @@ def _print_classes(console: Console, records: Sequence[Record], dropout: float) 
     title = f"Time ÷ frozen nn.Linear, dropout {dropout:g}, r ≤ 16: mean ± half the 95 % interval"
     for names in _fitting(in_order(present), console.width - _CLASS_WIDTH):
         console.print(_class_table(title, means, names))
-
-
-def in_order(names: Iterable[str]) -> list[str]:
-    """Ours first, then the closest rivals: what a narrow screen shows without scrolling."""
-    present = dict.fromkeys(names)
-    known = [name for name in (OURS, PREPACKED, PEFT, SMART, *LABELS) if name in present]
-    return list(dict.fromkeys((*known, *present)))
 
 
 def _fitting(names: Sequence[str], room: int) -> list[list[str]]:
@@ -159,6 +154,22 @@ def _mean_cell(mean: ClassMean | None) -> str:
 
 def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def _print_percents(console: Console, results: Results) -> None:
+    found = percent_table(results)
+    if found is None:
+        return
+    for names in _fitting(found.names, console.width - _CLASS_WIDTH):
+        table = _table("Per cent of the measured roofs (GEMM, copy), forward, dropout 0, r ≤ 16")
+        for column in ("dtype", "M"):
+            table.add_column(column)
+        for name in names:
+            table.add_column(name, justify="right")
+        for dtype, M, cells in found.rows:
+            shown = dict(zip(found.names, cells, strict=True))
+            table.add_row(dtype, M, *(shown[name] for name in names))
+        console.print(table)
 
 
 def _print_failures(console: Console, records: Sequence[Record]) -> None:

@@ -24,8 +24,8 @@ from benchmarks.goals import goal_rows
 from benchmarks.providers import FROZEN, OURS, PEFT
 from benchmarks.record import ERROR, OK, WRONG, Results, SuiteRecord
 from benchmarks.report import write_report
-from benchmarks.report.roofs import percent_table, roof_rows
 from benchmarks.report.suites import sections
+from benchmarks.roofline import percent_table, roof_rows
 from benchmarks.strategy import StrategyMap, maps_of_this_machine, modelled_map
 from benchmarks.summary import against_best, class_means
 from benchmarks.table import machine_lines, print_results, with_interval
@@ -158,6 +158,9 @@ def test_no_cell_of_the_table_is_cut(results: Results, width: int) -> None:
     print_results(console, results, [])
     text = console.export_text()
     classes = text[: text.index("Worst cells")]
+    percents = percent_table(results)
+    assert percents is not None and "Per cent of the measured roofs" in classes
+    assert all(cell in classes for _, _, cells in percents.rows for cell in cells)
     assert "…" not in classes
     for (dtype, M), row in class_means(results.records).items():
         for mean in (m for (name, _), m in row.items() if name != FROZEN):

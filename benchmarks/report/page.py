@@ -14,8 +14,8 @@ from benchmarks.figures.tax import tax_by_case, tax_by_tokens
 from benchmarks.goals import SET_ON, GoalRow
 from benchmarks.providers import FROZEN, OURS, PEFT, PREPACKED
 from benchmarks.record import OK, Record, Results
-from benchmarks.report.roofs import percent_table, roof_rows
 from benchmarks.report.suites import sections
+from benchmarks.roofline import percent_table, roof_rows
 from benchmarks.shapes import DTYPES, FORWARD_BACKWARD, PASSES
 from benchmarks.strategy import MODELLED_GPUS, StrategyMap, modelled_map
 from benchmarks.summary import (
@@ -27,9 +27,10 @@ from benchmarks.summary import (
     class_means,
     dropout_costs,
     excess_over_frozen,
+    in_order,
     worst_error_ratios,
 )
-from benchmarks.table import human_bytes, in_order, machine_lines, with_interval
+from benchmarks.table import human_bytes, machine_lines, with_interval
 from benchmarks.timing import geometric_mean
 
 

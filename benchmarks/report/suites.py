@@ -10,7 +10,8 @@ from benchmarks.figures.panel import words
 from benchmarks.figures.roofline import roofline_of_suite
 from benchmarks.figures.suites import common_sizes, in_words, peak_dots, ratio_dots, rows_of
 from benchmarks.record import OK, SuiteRecord
-from benchmarks.table import human_bytes, in_order, with_interval
+from benchmarks.summary import in_order
+from benchmarks.table import human_bytes, with_interval
 
 ABOUT = {
     "kernel": "Each operation alone, against the machine's measured roofs.",
