@@ -1,11 +1,12 @@
 """Records grouped into classes: what the table, the goals and the report all quote."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from benchmarks.providers import FROZEN, NAIVE, OURS, PEFT, PREPACKED, PROVIDERS, SMART
-from benchmarks.record import Record
+from benchmarks.record import ERROR, WRONG, Record, SuiteRecord
 from benchmarks.shapes import DTYPES, FORWARD_BACKWARD, PASSES
 from benchmarks.timing import (
     Interval,
@@ -18,6 +19,7 @@ from benchmarks.timing import (
 
 GOAL_RANK = 16  # goals and class means speak of r <= 16
 BEST_OF = (NAIVE, SMART, PEFT)  # the torch formulations that lora_fused must never lose to
+_NAMES = tuple(p.name for p in PROVIDERS)
 NOISE = 1.05  # a single cell repeats to about 5 %
 
 
@@ -135,6 +137,20 @@ def _timed_by(record: Record, provider: str) -> bool:
     return record.timed and record.provider == provider
 
 
+T = TypeVar("T", Record, SuiteRecord)
+
+
+def failures(records: Iterable[T]) -> list[T]:
+    """What was wrong or crashed."""
+    return [r for r in records if r.status in (WRONG, ERROR)]
+
+
+def remarks(records: Iterable[Record] | Iterable[SuiteRecord]) -> dict[tuple[str, str], int]:
+    """{(provider, message): records} of what is no failure: not checked, not served, no graph."""
+    said = ((r.provider, r.message) for r in records if r.status not in (WRONG, ERROR))
+    return Counter((provider, message) for provider, message in said if message)
+
+
 def worst_error_ratios(records: Iterable[Record]) -> dict[tuple[str, str], tuple[float, int, int]]:
     """{(provider, dtype): (largest error ratio, checks, failures)} over the checks made."""
     found: dict[tuple[str, str], list[Record]] = defaultdict(list)
@@ -145,7 +161,7 @@ def worst_error_ratios(records: Iterable[Record]) -> dict[tuple[str, str], tuple
         key: (
             max(r.error_ratio or 0.0 for r in checked),
             len(checked),
-            sum(r.status != "ok" for r in checked),
+            len(failures(checked)),
         )
         for key, checked in found.items()
     }

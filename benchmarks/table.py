@@ -5,14 +5,23 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.goals import GoalRow
 from benchmarks.providers import FROZEN, OURS, PREPACKED, PROVIDERS
-from benchmarks.record import OK, Record, Results
+from benchmarks.record import Record, Results
 from benchmarks.roofline import percent_table
 from benchmarks.shapes import PASSES
-from benchmarks.summary import NOISE, ClassMean, against_best, class_means, in_order
+from benchmarks.summary import (
+    NOISE,
+    ClassMean,
+    against_best,
+    class_means,
+    failures,
+    in_order,
+    remarks,
+)
 from benchmarks.timing import Interval
 
 LABELS = {p.name: p.label for p in PROVIDERS}
@@ -173,14 +182,16 @@ def _print_percents(console: Console, results: Results) -> None:
 
 
 def _print_failures(console: Console, records: Sequence[Record]) -> None:
-    seen = set()
-    for r in records:
-        line = (
-            f"{r.provider} on {r.layer_key} {r.dtype} M={r.M} r={r.R} p={r.dropout:g}: {r.message}"
-        )
-        if r.status != OK and line not in seen:
-            seen.add(line)
-            console.print(f"[bold red]{r.status.upper()}[/] {line}", highlight=False)
+    """Once per case and dropout what failed, once per reason what was left out."""
+    lines = {
+        f"[bold red]{r.status.upper()}[/] {r.provider} on {r.layer_key} {r.dtype} M={r.M} r={r.R} "
+        f"p={r.dropout:g}: {escape(r.message)}": None
+        for r in failures(records)
+    }
+    for line in lines:
+        console.print(line, highlight=False)
+    for (provider, reason), count in remarks(r for r in records if not r.timed).items():
+        console.print(f"[yellow]{provider}: {escape(reason)} ({count} records)", highlight=False)
 
 
 def _print_worst(console: Console, records: Sequence[Record], count: int = 8) -> None:

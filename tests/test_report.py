@@ -27,7 +27,7 @@ from benchmarks.report import write_report
 from benchmarks.report.suites import sections
 from benchmarks.roofline import percent_table, roof_rows
 from benchmarks.strategy import StrategyMap, maps_of_this_machine, modelled_map
-from benchmarks.summary import against_best, class_means
+from benchmarks.summary import against_best, class_means, failures, remarks
 from benchmarks.table import machine_lines, print_results, with_interval
 from benchmarks.timing import Interval, mean_interval
 from lora_fused.config import Problem
@@ -97,6 +97,26 @@ def section(page: str, anchor: str) -> str:
     found = re.search(rf'<h2 id="{anchor}">.*?(?=<h2|</body>)', page, re.S)
     assert found is not None, f"no section {anchor}"
     return found[0]
+
+
+def test_what_is_remarks_is_no_failure(results: Results, tmp_path: Path) -> None:
+    """A provider may say of a case that it has nothing for it."""
+    record = next(r for r in results.records if r.provider == PEFT and r.pass_ == "F+B")
+    record = replace(record, message="timed without a CUDA graph (no)")
+    odd = replace(
+        record, provider="odd", status="not served", message="no bias [3]", tax=None, median_us=None
+    )
+    alone = replace(results, records=[record, odd], suites=[])
+    assert failures(alone.records) == []
+    assert remarks(alone.records) == {("odd", "no bias [3]"): 1, (PEFT, record.message): 1}
+    write_report(alone, [], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "PEFT: timed without a CUDA graph (no) (1 records)" in page
+    assert "odd: no bias [3] (1 records)" in page and "failed" not in section(page, "numerics")
+    console = Console(record=True, width=200)
+    print_results(console, alone, [])
+    text = console.export_text()
+    assert "odd: no bias [3] (1 records)" in text and "NOT SERVED" not in text
 
 
 # One file, readable on a phone

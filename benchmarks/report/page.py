@@ -13,7 +13,7 @@ from benchmarks.figures.strategy import strategy_maps
 from benchmarks.figures.tax import tax_by_case, tax_by_tokens
 from benchmarks.goals import SET_ON, GoalRow
 from benchmarks.providers import FROZEN, OURS, PEFT, PREPACKED
-from benchmarks.record import OK, Record, Results
+from benchmarks.record import Record, Results
 from benchmarks.report.suites import sections
 from benchmarks.roofline import percent_table, roof_rows
 from benchmarks.shapes import DTYPES, FORWARD_BACKWARD, PASSES
@@ -27,7 +27,9 @@ from benchmarks.summary import (
     class_means,
     dropout_costs,
     excess_over_frozen,
+    failures,
     in_order,
+    remarks,
     worst_error_ratios,
 )
 from benchmarks.table import human_bytes, machine_lines, with_interval
@@ -80,7 +82,8 @@ def write_report(results: Results, goals: Sequence[GoalRow], path: Path) -> None
         suites=sections(results.suites, results.machine),
         dropout_figures=_present(dropout_bars(records, p) for p in PASSES),
         numerics=worst_error_ratios(records),
-        failures=_failures(records),
+        failures=[r for r in failures(records) if r.pass_ == FORWARD_BACKWARD],
+        remarks=remarks(records),
         memory=results.memory,
         memory_figures=_present(memory_bars(results.memory, r) for r in (False, True)),
         human_bytes=human_bytes,
@@ -175,11 +178,6 @@ def _cell(mean: ClassMean | None) -> str:
 def _worst(records: Sequence[Record], count: int = 15) -> list[Rivalry]:
     rivalries = [r for name in (OURS, PREPACKED) for r in against_best(records, name)]
     return sorted(rivalries, key=lambda r: -r.ratio.median)[:count]
-
-
-def _failures(records: Sequence[Record]) -> list[Record]:
-    """What was wrong or crashed, once per provider, case and dropout."""
-    return [r for r in records if r.status != OK and r.pass_ == FORWARD_BACKWARD]
 
 
 def _number(value: float | None, digits: int) -> str:

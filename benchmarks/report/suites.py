@@ -9,8 +9,8 @@ from typing import Any
 from benchmarks.figures.panel import words
 from benchmarks.figures.roofline import roofline_of_suite
 from benchmarks.figures.suites import common_sizes, in_words, peak_dots, ratio_dots, rows_of
-from benchmarks.record import OK, SuiteRecord
-from benchmarks.summary import in_order
+from benchmarks.record import SuiteRecord
+from benchmarks.summary import failures, in_order, remarks
 from benchmarks.table import human_bytes, with_interval
 
 ABOUT = {
@@ -43,6 +43,7 @@ class SuiteSection:
     tables: list[SuiteTable]
     details: list[SuiteRecord]
     failures: list[SuiteRecord]
+    remarks: dict[tuple[str, str], int]
 
 
 def sections(records: Sequence[SuiteRecord], machine: Mapping[str, Any]) -> list[SuiteSection]:
@@ -73,7 +74,8 @@ def _section(name: str, own: Sequence[SuiteRecord], machine: Mapping[str, Any]) 
         figures=figures,
         tables=tables,
         details=[r for r in own if r.timed or r.peak_bytes is not None],
-        failures=[r for r in own if r.status != OK],
+        failures=failures(own),
+        remarks=remarks(own),
     )
 
 
