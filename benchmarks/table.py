@@ -56,7 +56,7 @@ def machine_lines(results: Results) -> list[tuple[str, str]]:
         *([("GPU", f"{gpu['name']}, {facts}")] if gpu else []),
         ("CPU", f"{m['cpu']}, family {m['family']} model {m['model']}" + ", VM" * m["virtual"]),
         ("cores", f"{m['cores']}, load {' '.join(str(x) for x in m['load'])}"),
-        ("threads", f"{m['threads']}, {'CPU' if m['threads'] == 1 else 'wall clock'} time"),
+        ("threads", f"{m['threads']}, timed by {_clock_words(results)}"),
         ("caches", caches or "unknown"),
         ("one core's peak", peaks or "not measured (takes a C compiler, on x86)"),
         ("measured roofs", roofs),
@@ -67,6 +67,15 @@ def machine_lines(results: Results) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{k} {v}" for k, v in results.versions.items())),
         ("commit", results.commit),
     ]  # fmt: skip
+
+
+def _clock_words(results: Results) -> str:
+    settings = results.settings
+    if settings.get("device", "cpu") == "cpu":
+        return "CPU time" if results.machine["threads"] == 1 else "the wall clock"
+    if settings.get("eager"):
+        return "the wall clock of eager calls"
+    return "the device time of CUDA graphs, its cache cold"
 
 
 def _states(machine: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -221,6 +221,10 @@ def test_the_state_before_and_after_is_told(results: Results, page: str) -> None
     lines = dict(machine_lines(results))
     assert lines["before the run"] == "load 0.5 0.5 0.5, CPU 2600 MHz"
     assert lines["after the run"].endswith("power.draw 612.31 W")
+    assert lines["threads"] == "1, timed by CPU time"
+    for eager, words in ((False, "device time of CUDA graphs"), (True, "wall clock of eager")):
+        on_gpu = replace(results, settings={"device": "cuda", "eager": eager})
+        assert words in dict(machine_lines(on_gpu))["threads"]
     assert lines["measured roofs"].endswith("GFLOP/s, copy 20.0 GB/s")
     assert all(line in page for line in lines.values() if "&" not in line)
 
