@@ -145,6 +145,16 @@ def test_nothing_is_wider_than_a_phone(page: str) -> None:
     assert images == inside > 10 and ".figures img { width: 100%;" in page
 
 
+def test_a_run_of_suites_alone_has_no_empty_sections(results: Results, tmp_path: Path) -> None:
+    alone = replace(results, records=[], memory=[])
+    write_report(alone, goal_rows(alone), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    headings = re.findall(r'<h2 id="([^"]+)">', page)
+    assert headings == ["roofline", "strategy", "suite-kernel", "suite-memory", "provenance"]
+    assert re.findall(r'href="#([^"]+)"', page) == headings
+    assert "goals met" not in page
+
+
 # Intervals
 
 

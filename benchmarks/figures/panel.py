@@ -87,4 +87,5 @@ def legend(figure: Figure) -> None:
 
 def words(pass_: str) -> str:
     """Suites may have passes of their own, which are called what they are."""
-    return {PASSES[0]: "forward", PASSES[1]: "forward + backward"}.get(pass_, pass_)
+    known = {PASSES[0]: "forward", PASSES[1]: "forward + backward", "B": "backward"}
+    return known.get(pass_, pass_)

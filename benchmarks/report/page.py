@@ -67,7 +67,7 @@ def write_report(results: Results, goals: Sequence[GoalRow], path: Path) -> None
         machine=machine_lines(results),
         label=label,
         headlines=headlines(results, goals),
-        goals=goals,
+        goals=goals if any(g.met is not None for g in goals) else [],
         goals_note=SET_ON,
         tokens_figures=_present(tax_by_tokens(records, d, p) for d in dtypes for p in PASSES),
         case_figures=_present(tax_by_case(records, d, p) for d in dtypes for p in PASSES),
@@ -124,9 +124,9 @@ def headlines(results: Results, goals: Sequence[GoalRow]) -> list[Headline]:
         beside = f"PEFT {human_bytes(excess[PEFT])}" if PEFT in excess else "PEFT not measured"
         what = "peak memory above the frozen layer, forward + backward"
         found.append(Headline(human_bytes(excess[OURS]), what, beside))
-    if not goals:
-        return found
     measured = [g for g in goals if g.met is not None]
+    if not measured:
+        return found
     met = sum(bool(g.met) for g in measured)
     found.append(
         Headline(
