@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.goals import GoalRow
-from benchmarks.providers import FROZEN, OURS, PREPACKED, PROVIDERS
+from benchmarks.providers import ALL_PROVIDERS, FROZEN, OURS, PREPACKED
 from benchmarks.record import Record, Results
 from benchmarks.roofline import percent_table
 from benchmarks.shapes import PASSES
@@ -24,7 +24,7 @@ from benchmarks.summary import (
 )
 from benchmarks.timing import Interval
 
-LABELS = {p.name: p.label for p in PROVIDERS}
+LABELS = {p.name: p.label for p in ALL_PROVIDERS}
 _CLASS_WIDTH, _CELL_WIDTH = 26, 9  # characters of the columns that name the class, and of a cell
 
 
