@@ -80,7 +80,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
-        "--cold", action="store_true", help="rotate over weight copies larger than the caches"
+        "--cold",
+        action="store_true",
+        help="rotate over copies of x, dy and the parameters that are larger than the caches",
+    )
+    parser.add_argument(
+        "--eager",
+        action="store_true",
+        help="on a GPU: the wall clock with launches, not CUDA graphs with a cold cache",
     )
     parser.add_argument("--no-memory", action="store_true", help="leave the memory section out")
     parser.add_argument(
@@ -158,6 +165,7 @@ def main() -> None:
         budget,
         not args.no_memory and args.device == "cpu",
         args.device,
+        args.eager,
     )
     json_path = args.json or LOCAL / f"{datetime.now():%Y%m%d-%H%M%S}-{settings.mode}.json"
     html_path = args.html or json_path.with_suffix(".html")

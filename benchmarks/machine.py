@@ -1,15 +1,20 @@
-"""Where a run happens: CPU, caches, load, instruction sets, versions, commit."""
+"""Where a run happens: CPU, caches, roofs, load, clocks, instruction sets, versions, commit."""
 
+import functools
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.roof import peak_gflops
+from benchmarks.roof import copy_gbytes, gemm_gflops, peak_gflops
+from benchmarks.strategy import maps_of_this_machine
+from benchmarks.timing import clock_for
 from lora_fused.backends import cpu
 
 _PACKAGES = (
@@ -21,6 +26,7 @@ _PACKAGES = (
 def describe_machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     """Everything about the machine that a reader of the numbers needs."""
     flags = _cpuinfo("flags").split()
+    before = state(device)
     return {
         "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "family": _cpuinfo("cpu family"),
@@ -41,7 +47,41 @@ def describe_machine(threads: int, device: str = "cpu") -> dict[str, Any]:
         "native": _native(),
         "peak_gflops": {k: round(v, 1) for k, v in peak_gflops().items()},
         "gpu": None if device == "cpu" else describe_gpu(),
+        **_roofs(threads, device),
+        "strategy_maps": [asdict(m) for m in maps_of_this_machine(device)],
+        "before": before,
     }
+
+
+@functools.cache
+def _roofs(threads: int, device: str) -> dict[str, Any]:
+    """Of the device, with as many threads as the run takes (torch.set_num_threads)."""
+    clock = clock_for(threads, device)
+    if device == "cpu":
+        cache, memory = max(cache_bytes().values(), default=0), memory_bytes()
+    else:
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+        cache, memory = getattr(gpu, "L2_cache_size", 0), gpu.total_memory
+    rates = gemm_gflops(device, clock)
+    return {
+        "copy_gbytes": round(copy_gbytes(device, clock, cache, memory), 2),
+        "gemm_gflops": {dtype: round(rate, 1) for dtype, rate in rates.items()},
+    }
+
+
+def state(device: str = "cpu") -> dict[str, Any]:
+    """What changes while a run goes on: load and clock of the CPU; clocks and power of the GPU.
+
+    Recorded before and after: a GPU that throttles shows here. What is not known is left out.
+    """
+    found: dict[str, Any] = {}
+    if hasattr(os, "getloadavg"):
+        found["load"] = [round(x, 2) for x in os.getloadavg()]
+    if mhz := _cpuinfo("cpu MHz"):
+        found["cpu_mhz"] = round(float(mhz))
+    if device != "cpu":
+        found["gpu"] = _nvidia_smi(_STATE_FIELDS) or _sensors()
+    return found
 
 
 def describe_gpu() -> dict[str, Any]:
@@ -54,14 +94,22 @@ def describe_gpu() -> dict[str, Any]:
         "memory_bytes": p.total_memory,
         "l2_bytes": getattr(p, "L2_cache_size", 0),
         "cuda": torch.version.cuda or torch.version.hip or "",
-        **_nvidia_smi(),
+        **_nvidia_smi(("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem")),
     }
 
 
-def _nvidia_smi() -> dict[str, str]:
-    fields = ("driver_version", "power.limit", "power.draw", "clocks.sm", "clocks.mem", "pstate")
+_STATE_FIELDS = (
+    "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "pstate",
+    "clocks_throttle_reasons.active",
+)  # fmt: skip
+
+
+def _nvidia_smi(fields: Sequence[str]) -> dict[str, str]:
+    """Fields of the current device as nvidia-smi prints them, units included; {} without it."""
     query = f"--query-gpu={','.join(fields)}"
-    index = f"--id={torch.cuda.current_device()}"
+    device = torch.cuda.current_device()
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    index = f"--id={device if uuid is None else f'GPU-{uuid}'}"  # numbers may be masked, ids not
     try:
         said = subprocess.run(
             ["nvidia-smi", query, index, "--format=csv,noheader"],
@@ -70,6 +118,18 @@ def _nvidia_smi() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return dict(zip(fields, (value.strip() for value in said.split(",")), strict=False))
+
+
+def _sensors() -> dict[str, str]:
+    """The same by torch, which takes pynvml (NVIDIA) or amdsmi (AMD)."""
+    try:
+        return {
+            "clocks.sm": f"{torch.cuda.clock_rate()} MHz",
+            "power.draw": f"{torch.cuda.power_draw() / 1000:.2f} W",
+            "temperature.gpu": str(torch.cuda.temperature()),
+        }
+    except (ImportError, RuntimeError):
+        return {}
 
 
 def _native() -> str:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import figures
+from benchmarks.figures.tax import tax_by_tokens
 from benchmarks.providers import OURS, PEFT, PREPACKED, SMART
 from benchmarks.record import Record, Results
 from benchmarks.shapes import PASSES
@@ -108,7 +108,7 @@ def publish(path: Path) -> None:
         raise ValueError(f"README.md has no section between {BEGIN} and {END}")
     made = f"{BEGIN}\n{section(results, path.name)}\n{END}"
     README.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: made, text, flags=re.S))
-    picture = figures.tax_by_tokens(results.records, "bf16", PASSES[1])
+    picture = tax_by_tokens(results.records, "bf16", PASSES[1])
     if picture is not None:
         FIGURE.write_bytes(base64.b64decode(picture.split(",", 1)[1]))
 

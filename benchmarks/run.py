@@ -16,6 +16,7 @@ from benchmarks.machine import (
     describe_gpu,
     describe_machine,
     memory_bytes,
+    state,
     versions,
 )
 from benchmarks.memory import SECTION_PROVIDERS, measure_in_fresh_process, peak_and_held
@@ -25,9 +26,9 @@ from benchmarks.providers import FROZEN, PEFT, PROVIDERS, Built, NotServed, Prov
 from benchmarks.record import ERROR, NOT_SERVED, OK, Record, Results
 from benchmarks.shapes import FORWARD, PASSES, Case
 from benchmarks.tensors import CaseTensors, make_tensors
-from benchmarks.timing import clock_for, interleaved, pace_of
+from benchmarks.timing import clock_for, interleaved, pace_of, remark
 
-COLD_BYTES_CAP = 1 << 30  # rotated weights take no more, nor 1/16 of the memory: packs add to it
+COLD_BYTES_CAP = 1 << 30  # rotated tensors take no more, nor 1/16 of the memory: packs add to it
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Settings:
     budget_s: float | None = None
     memory: bool = True
     device: str = "cpu"
+    eager: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ def run(
             if save_to:
                 results.save(save_to)
             progress.advance()
+    results.machine["after"] = state(settings.device)
+    if save_to:
+        results.save(save_to)
     return results
 
 
@@ -126,15 +131,19 @@ def _contenders(case: Case, providers: Sequence[Provider]) -> list[Contender]:
 
 
 def _parameter_copies(case: Case, settings: Settings) -> list[CaseTensors]:
-    """One set of tensors, or as many copies of the parameters as overflow the last cache."""
+    """One set of tensors, or as many (x, dy and parameters) as overflow the last cache together.
+
+    On a GPU that is for the wall clock: CUDA graphs are timed with a cache that was flushed.
+    """
     tensors = make_tensors(case, device=settings.device)
-    if not settings.cold:
+    on_gpu = settings.device != "cpu"
+    if not settings.cold or (on_gpu and not settings.eager):
         return [tensors]
-    caches = cache_bytes().values() if settings.device == "cpu" else [describe_gpu()["l2_bytes"]]
+    caches = [describe_gpu()["l2_bytes"]] if on_gpu else cache_bytes().values()
     beyond_cache = 2 * max(caches, default=64 << 20)
     wanted = min(beyond_cache, COLD_BYTES_CAP, (memory_bytes() or COLD_BYTES_CAP) // 16)
-    count = math.ceil(wanted / (tensors.w.numel() * tensors.w.element_size()))
-    return [tensors, *(tensors.copy_of_parameters() for _ in range(count - 1))]
+    count = max(2, math.ceil(wanted / tensors.streamed_bytes))
+    return [tensors, *(tensors.copy() for _ in range(count - 1))]
 
 
 def _prepare(
@@ -201,7 +210,7 @@ def _time(
     deadline: float,
 ) -> bool:
     """Times both passes. False, and nothing timed, if that would go past the deadline."""
-    clock = clock_for(settings.threads, settings.device)
+    clock = clock_for(settings.threads, settings.device, settings.eager)
     calls = {p: {c: _call_of(built, p) for c, built in ready.items()} for p in PASSES}
     paces = {p: {c: pace_of(call, clock) for c, call in calls[p].items()} for p in PASSES}
     expected_ns = settings.rounds * sum(
@@ -213,7 +222,10 @@ def _time(
         samples = interleaved(calls[pass_], paces[pass_], settings.rounds, clock)
         by_name = {(c.provider.name, c.dropout): values for c, values in samples.items()}
         for contender, values in samples.items():
-            records[contender, pass_].set_times(
+            record = records[contender, pass_]
+            remarks = (record.message, remark(clock, calls[pass_][contender]))
+            record.message = "; ".join(said for said in remarks if said)
+            record.set_times(
                 case,
                 contender.provider.lora,
                 paces[pass_][contender].repeats,

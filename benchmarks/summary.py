@@ -1,16 +1,25 @@
 """Records grouped into classes: what the table, the goals and the report all quote."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from benchmarks.providers import FROZEN, NAIVE, PEFT, SMART
-from benchmarks.record import Record
+from benchmarks.providers import FROZEN, NAIVE, OURS, PEFT, PREPACKED, PROVIDERS, SMART
+from benchmarks.record import ERROR, WRONG, Record, SuiteRecord
 from benchmarks.shapes import DTYPES, FORWARD_BACKWARD, PASSES
-from benchmarks.timing import Quantiles, geometric_mean, paired_ratio
+from benchmarks.timing import (
+    Interval,
+    Quantiles,
+    geometric_mean,
+    mean_interval,
+    paired_interval,
+    paired_ratio,
+)
 
 GOAL_RANK = 16  # goals and class means speak of r <= 16
 BEST_OF = (NAIVE, SMART, PEFT)  # the torch formulations that lora_fused must never lose to
+_NAMES = tuple(p.name for p in PROVIDERS)
 NOISE = 1.05  # a single cell repeats to about 5 %
 
 
@@ -18,12 +27,33 @@ def m_class(M: int) -> str:
     return "≥ 512" if M >= 512 else str(M)
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Ours first, then the closest rivals: what a narrow screen shows without scrolling."""
+    present = dict.fromkeys(names)
+    known = [
+        name
+        for name in (OURS, PREPACKED, PEFT, SMART, *(p.name for p in PROVIDERS))
+        if name in present
+    ]
+    return list(dict.fromkeys((*known, *present)))
+
+
 @dataclass(frozen=True)
 class ClassMean:
-    """Geometric mean of the taxes of one provider over the cases of one class."""
+    """Geometric mean of the taxes of one provider over the cases of one class.
+
+    low and high: its interval, from the bootstrap intervals (95 %) of the cases.
+    """
 
     tax: float
     cases: int
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, intervals: Sequence[Interval]) -> "ClassMean":
+        mean = mean_interval(intervals)
+        return cls(mean.median, len(intervals), mean.low, mean.high)
 
 
 def class_means(
@@ -32,15 +62,16 @@ def class_means(
     ranks: Callable[[int], bool] = lambda R: R <= GOAL_RANK,
 ) -> dict[tuple[str, str], dict[tuple[str, str], ClassMean]]:
     """{(dtype, M class): {(provider, pass): mean}}, classes sorted by dtype and M."""
-    taxes: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = defaultdict(
+    taxes: dict[tuple[str, str], dict[tuple[str, str], list[Interval]]] = defaultdict(
         lambda: defaultdict(list)
     )
     chosen = [r for r in records if r.tax is not None and r.dropout == dropout and ranks(r.R)]
     for r in sorted(chosen, key=lambda r: (DTYPES.index(r.dtype), r.M)):
         assert r.tax is not None
-        taxes[r.dtype, m_class(r.M)][r.provider, r.pass_].append(r.tax)
+        interval = Interval(r.tax, r.tax_low or r.tax, r.tax_high or r.tax)
+        taxes[r.dtype, m_class(r.M)][r.provider, r.pass_].append(interval)
     return {
-        group: {key: ClassMean(geometric_mean(values), len(values)) for key, values in row.items()}
+        group: {key: ClassMean.of(values) for key, values in row.items()}
         for group, row in taxes.items()
     }
 
@@ -52,6 +83,12 @@ class Rivalry:
     record: Record
     rival: str
     ratio: Quantiles
+    rival_samples_us: Sequence[float]
+
+    @property
+    def interval(self) -> Interval:
+        """The median ratio with its bootstrap interval."""
+        return paired_interval(self.record.samples_us, self.rival_samples_us)
 
     @property
     def is_worse(self) -> bool:
@@ -72,11 +109,19 @@ def against_best(records: Sequence[Record], provider: str) -> list[Rivalry]:
         if provider in cell and rivals:
             best = min(rivals, key=lambda r: r.median_us or 0.0)
             ratio = paired_ratio(cell[provider].samples_us, best.samples_us)
-            found.append(Rivalry(cell[provider], best.provider, ratio))
+            found.append(Rivalry(cell[provider], best.provider, ratio, best.samples_us))
     return sorted(found, key=lambda rivalry: -rivalry.ratio.median)
 
 
-def dropout_costs(records: Sequence[Record], provider: str) -> dict[tuple[str, str], ClassMean]:
+@dataclass(frozen=True)
+class DropoutCost:
+    """Geometric mean of time with dropout ÷ without, over so many cases."""
+
+    tax: float
+    cases: int
+
+
+def dropout_costs(records: Sequence[Record], provider: str) -> dict[tuple[str, str], DropoutCost]:
     """{(dtype, pass): geometric mean of time with dropout / without}, paired within the rounds."""
     plain = {(*r.case_key, r.pass_): r for r in records if _timed_by(r, provider) and not r.dropout}
     ratios: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -85,11 +130,25 @@ def dropout_costs(records: Sequence[Record], provider: str) -> dict[tuple[str, s
         if _timed_by(r, provider) and r.dropout and partner:
             ratios[r.dtype, r.pass_].append(paired_ratio(r.samples_us, partner.samples_us).median)
     order = sorted(ratios, key=lambda key: (DTYPES.index(key[0]), PASSES.index(key[1])))
-    return {key: ClassMean(geometric_mean(ratios[key]), len(ratios[key])) for key in order}
+    return {key: DropoutCost(geometric_mean(ratios[key]), len(ratios[key])) for key in order}
 
 
 def _timed_by(record: Record, provider: str) -> bool:
     return record.timed and record.provider == provider
+
+
+T = TypeVar("T", Record, SuiteRecord)
+
+
+def failures(records: Iterable[T]) -> list[T]:
+    """What was wrong or crashed."""
+    return [r for r in records if r.status in (WRONG, ERROR)]
+
+
+def remarks(records: Iterable[Record] | Iterable[SuiteRecord]) -> dict[tuple[str, str], int]:
+    """{(provider, message): records} of what is no failure: not checked, not served, no graph."""
+    said = ((r.provider, r.message) for r in records if r.status not in (WRONG, ERROR))
+    return Counter((provider, message) for provider, message in said if message)
 
 
 def worst_error_ratios(records: Iterable[Record]) -> dict[tuple[str, str], tuple[float, int, int]]:
@@ -102,7 +161,7 @@ def worst_error_ratios(records: Iterable[Record]) -> dict[tuple[str, str], tuple
         key: (
             max(r.error_ratio or 0.0 for r in checked),
             len(checked),
-            sum(r.status != "ok" for r in checked),
+            len(failures(checked)),
         )
         for key, checked in found.items()
     }

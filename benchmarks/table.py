@@ -1,18 +1,31 @@
 """What the terminal shows: the machine, the class means, the worst cells, the goals."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.goals import GoalRow
 from benchmarks.providers import ALL_PROVIDERS, FROZEN, OURS, PREPACKED
-from benchmarks.record import OK, Record, Results
+from benchmarks.record import Record, Results
+from benchmarks.roofline import percent_table
 from benchmarks.shapes import PASSES
-from benchmarks.summary import NOISE, against_best, class_means
+from benchmarks.summary import (
+    NOISE,
+    ClassMean,
+    against_best,
+    class_means,
+    failures,
+    in_order,
+    remarks,
+)
+from benchmarks.timing import Interval
 
 LABELS = {p.name: p.label for p in ALL_PROVIDERS}
+_CLASS_WIDTH, _CELL_WIDTH = 26, 9  # characters of the columns that name the class, and of a cell
 
 
 def human_bytes(count: float) -> str:
@@ -23,26 +36,61 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
+def with_interval(median: float, low: float | None, high: float | None) -> str:
+    """A ratio and half the width of its interval: "1.04±.01"."""
+    if low is None or high is None:
+        return f"{median:.2f}"
+    return f"{median:.2f}±{f'{(high - low) / 2:.2f}'.removeprefix('0')}"
+
+
 def machine_lines(results: Results) -> list[tuple[str, str]]:
     """Name and value of everything worth knowing about where the run happened."""
     m = results.machine
     caches = ", ".join(f"{name} {human_bytes(size)}" for name, size in m["caches"].items())
     peaks = ", ".join(f"{dtype} {rate:.0f} GFLOP/s" for dtype, rate in m["peak_gflops"].items())
+    gemms = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in m.get("gemm_gflops", {}).items())
+    roofs = f"GEMM {gemms} GFLOP/s, copy {m['copy_gbytes']:.1f} GB/s" if gemms else "not measured"
     gpu = m.get("gpu")
     facts = ", ".join(f"{k} {v}" for k, v in gpu.items() if k != "name") if gpu else ""
     return [
         *([("GPU", f"{gpu['name']}, {facts}")] if gpu else []),
         ("CPU", f"{m['cpu']}, family {m['family']} model {m['model']}" + ", VM" * m["virtual"]),
         ("cores", f"{m['cores']}, load {' '.join(str(x) for x in m['load'])}"),
-        ("threads", f"{m['threads']}, {'CPU' if m['threads'] == 1 else 'wall clock'} time"),
+        ("threads", f"{m['threads']}, timed by {_clock_words(results)}"),
         ("caches", caches or "unknown"),
         ("one core's peak", peaks or "not measured (takes a C compiler, on x86)"),
+        ("measured roofs", roofs),
+        *_states(m),
         ("torch", f"{m['torch_capability']}, MKL {_yes(m['mkl'])}, oneDNN {_yes(m['onednn'])}, "
                   f"AMX {_yes(m['amx'])}"),
         ("lora_fused", m["native"]),
         ("versions", ", ".join(f"{k} {v}" for k, v in results.versions.items())),
         ("commit", results.commit),
     ]  # fmt: skip
+
+
+def _clock_words(results: Results) -> str:
+    settings = results.settings
+    if settings.get("device", "cpu") == "cpu":
+        return "CPU time" if results.machine["threads"] == 1 else "the wall clock"
+    if settings.get("eager"):
+        return "the wall clock of eager calls"
+    return "the device time of CUDA graphs, its cache cold"
+
+
+def _states(machine: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Load and clocks before and, once it is over, after the run."""
+    return [
+        (f"{when} the run", ", ".join(_state_words(machine[when])))
+        for when in ("before", "after")
+        if when in machine
+    ]
+
+
+def _state_words(state: Mapping[str, Any]) -> list[str]:
+    words = [f"load {' '.join(str(x) for x in state['load'])}"] if "load" in state else []
+    words += [f"CPU {state['cpu_mhz']} MHz"] if "cpu_mhz" in state else []
+    return words + [f"{name} {value}" for name, value in state.get("gpu", {}).items()]
 
 
 def _yes(value: bool) -> str:
@@ -62,9 +110,9 @@ def print_header(console: Console, results: Results) -> None:
 
 
 def print_results(console: Console, results: Results, goals: Sequence[GoalRow]) -> None:
-    console.print(_class_table(results.records, 0.0))
-    for dropout in sorted({r.dropout for r in results.records} - {0.0}):
-        console.print(_class_table(results.records, dropout))
+    for dropout in sorted({0.0} | {r.dropout for r in results.records}):
+        _print_classes(console, results.records, dropout)
+    _print_percents(console, results)
     _print_failures(console, results.records)
     _print_worst(console, results.records)
     console.print(_goal_table(goals))
@@ -72,12 +120,35 @@ def print_results(console: Console, results: Results, goals: Sequence[GoalRow]) 
         console.print(f"[yellow]Not run: {'; '.join(results.skipped)}")
 
 
-def _class_table(records: Sequence[Record], dropout: float) -> Table:
+def _print_classes(console: Console, records: Sequence[Record], dropout: float) -> None:
+    """As many providers in one table as the console has room for."""
     means = class_means(records, dropout)
-    names = [
-        n for n in LABELS if n != FROZEN and any(n == m for row in means.values() for m, _ in row)
-    ]
-    table = _table(f"Time ÷ frozen nn.Linear, dropout {dropout:g}, r ≤ 16 (geometric mean)")
+    present = {name for row in means.values() for name, _ in row} - {FROZEN}
+    title = f"Time ÷ frozen nn.Linear, dropout {dropout:g}, r ≤ 16: mean ± half the 95 % interval"
+    for names in _fitting(in_order(present), console.width - _CLASS_WIDTH):
+        console.print(_class_table(title, means, names))
+
+
+def _fitting(names: Sequence[str], room: int) -> list[list[str]]:
+    """The names in order, cut into lists whose columns fit into so many characters."""
+    found: list[list[str]] = []
+    left = 0
+    for name in names:
+        width = max(len(name), _CELL_WIDTH) + 1
+        if not found or width > left:
+            found.append([])
+            left = room
+        found[-1].append(name)
+        left -= width
+    return found
+
+
+def _class_table(
+    title: str,
+    means: Mapping[tuple[str, str], Mapping[tuple[str, str], ClassMean]],
+    names: Sequence[str],
+) -> Table:
+    table = _table(title)
     for column in ("dtype", "M", "cases", "pass"):
         table.add_column(column)
     for name in names:
@@ -85,25 +156,51 @@ def _class_table(records: Sequence[Record], dropout: float) -> Table:
     for (dtype, M), row in means.items():
         cases = str(max(mean.cases for mean in row.values()))
         for pass_ in PASSES:
-            cells = [f"{row[n, pass_].tax:.2f}" if (n, pass_) in row else "-" for n in names]
+            cells = [_mean_cell(row.get((name, pass_))) for name in names]
             head = (dtype, M, cases) if pass_ == PASSES[0] else ("", "", "")
             table.add_row(*head, pass_, *cells)
     return table
+
+
+def _interval_cell(interval: Interval) -> str:
+    return with_interval(interval.median, interval.low, interval.high)
+
+
+def _mean_cell(mean: ClassMean | None) -> str:
+    return "-" if mean is None else with_interval(mean.tax, mean.low, mean.high)
 
 
 def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
+def _print_percents(console: Console, results: Results) -> None:
+    found = percent_table(results)
+    if found is None:
+        return
+    for names in _fitting(found.names, console.width - _CLASS_WIDTH):
+        table = _table("Per cent of the measured roofs (GEMM, copy), forward, dropout 0, r ≤ 16")
+        for column in ("dtype", "M"):
+            table.add_column(column)
+        for name in names:
+            table.add_column(name, justify="right")
+        for dtype, M, cells in found.rows:
+            shown = dict(zip(found.names, cells, strict=True))
+            table.add_row(dtype, M, *(shown[name] for name in names))
+        console.print(table)
+
+
 def _print_failures(console: Console, records: Sequence[Record]) -> None:
-    seen = set()
-    for r in records:
-        line = (
-            f"{r.provider} on {r.layer_key} {r.dtype} M={r.M} r={r.R} p={r.dropout:g}: {r.message}"
-        )
-        if r.status != OK and line not in seen:
-            seen.add(line)
-            console.print(f"[bold red]{r.status.upper()}[/] {line}", highlight=False)
+    """Once per case and dropout what failed, once per reason what was left out."""
+    lines = {
+        f"[bold red]{r.status.upper()}[/] {r.provider} on {r.layer_key} {r.dtype} M={r.M} r={r.R} "
+        f"p={r.dropout:g}: {escape(r.message)}": None
+        for r in failures(records)
+    }
+    for line in lines:
+        console.print(line, highlight=False)
+    for (provider, reason), count in remarks(r for r in records if not r.timed).items():
+        console.print(f"[yellow]{provider}: {escape(reason)} ({count} records)", highlight=False)
 
 
 def _print_worst(console: Console, records: Sequence[Record], count: int = 8) -> None:
@@ -119,7 +216,7 @@ def _print_worst(console: Console, records: Sequence[Record], count: int = 8) ->
         color = "red" if ratio.q25 > NOISE else "yellow" if rivalry.is_worse else "green"
         table.add_row(
             r.layer_key, r.dtype, str(r.M), str(r.R), f"{r.dropout:g}", r.pass_, r.provider,
-            rivalry.rival, f"[{color}]{ratio.median:.2f}",
+            rivalry.rival, f"[{color}]{_interval_cell(rivalry.interval)}",
         )  # fmt: skip
     console.print(table)
 

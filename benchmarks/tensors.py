@@ -32,6 +32,16 @@ class CaseTensors:
     def stored_weight(self) -> Tensor:
         return self.w.t() if self.fan_in_fan_out else self.w
 
+    def copy(self) -> "CaseTensors":
+        """The same values elsewhere in memory, x and dy too."""
+        x, dy = self.x.detach().clone().requires_grad_(), self.dy.clone()
+        return replace(self.copy_of_parameters(), x=x, dy=dy)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Of what a call reads once: the weight, x and dy."""
+        return sum(t.numel() * t.element_size() for t in (self.w, self.x, self.dy))
+
     def copy_of_parameters(self) -> "CaseTensors":
         """The same values elsewhere in memory, x and dy shared: the next layer of a model."""
         stored = self.stored_weight.clone()

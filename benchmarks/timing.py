@@ -8,28 +8,51 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 
-Clock = Callable[[], int]
 Name = TypeVar("Name", bound=Hashable)
 
+
+@runtime_checkable
+class Stopwatch(Protocol):
+    """Times calls itself, where the difference of two readings of a clock would not do."""
+
+    most_repeats: int
+
+    def time_ns(self, call: Callable[[], object], repeats: int) -> int:
+        """Nanoseconds that `repeats` calls take together."""
+        ...
+
+    def remark(self, call: Callable[[], object]) -> str:
+        """What a reader of the call's time must know; '' if nothing."""
+        ...
+
+
+Clock = Callable[[], int] | Stopwatch
+"""A reading in nanoseconds, or a stopwatch."""
+
 SAMPLE_NS = 2_000_000  # one sample lasts at least this long, or is one call
+MOST_REPEATS = 1 << 16
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 _SEED = 1
 
 
-def clock_for(threads: int, device: str = "cpu") -> Clock:
+def clock_for(threads: int, device: str = "cpu", eager: bool = False) -> Clock:
     """One thread: its CPU time, which a busy neighbour does not lengthen. More: the wall clock.
 
-    On a GPU the wall clock once the device is idle: a sample of several calls takes as long as the
-    slower of launching and computing them.
+    On a GPU events around a CUDA graph of the call, its second-level cache cold; with `eager` the
+    wall clock from idle device to idle device, the slower of launching and computing the calls.
     """
-    if device != "cpu":
+    if device == "cpu":
+        return time.thread_time_ns if threads == 1 else time.perf_counter_ns
+    if eager:
         return _clock_of_idle_gpu
-    return time.thread_time_ns if threads == 1 else time.perf_counter_ns
+    from benchmarks.timing_gpu import GraphStopwatch
+
+    return GraphStopwatch()
 
 
 def _clock_of_idle_gpu() -> int:
@@ -95,6 +118,18 @@ def paired_interval(samples: Sequence[float], base: Sequence[float]) -> Interval
     return bootstrap([s / b for s, b in zip(samples, base, strict=True)])
 
 
+def mean_interval(intervals: Sequence[Interval]) -> Interval:
+    """The geometric mean of independent medians, and its interval.
+
+    On the logarithmic scale the half-widths add up as standard errors do: root of the sum of
+    squares, divided by their number.
+    """
+    mean, count = geometric_mean([i.median for i in intervals]), len(intervals)
+    down = math.hypot(*(math.log(i.median / i.low) for i in intervals)) / count
+    up = math.hypot(*(math.log(i.high / i.median) for i in intervals)) / count
+    return Interval(mean, mean * math.exp(-down), mean * math.exp(up))
+
+
 def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(statistics.fmean(math.log(v) for v in values))
 
@@ -123,12 +158,14 @@ def pace_of(call: Callable[[], object], clock: Clock, sample_ns: int = SAMPLE_NS
     """Warms `call` up and finds its pace."""
     call()
     repeats = 1
+    most = clock.most_repeats if isinstance(clock, Stopwatch) else MOST_REPEATS
     while True:
-        elapsed = _timed(call, repeats, clock)
-        if elapsed >= sample_ns or repeats >= 1 << 16:
+        elapsed = elapsed_ns(call, repeats, clock)
+        if elapsed >= sample_ns or repeats >= most:
             return Pace(repeats, elapsed)
         # Aim a little beyond the target, but grow at most tenfold: the first calls are slow ones.
-        repeats = min(10 * repeats, math.ceil(1.2 * repeats * sample_ns / max(elapsed, 1)))
+        wanted = math.ceil(1.2 * repeats * sample_ns / max(elapsed, 1))
+        repeats = min(10 * repeats, wanted, most)
 
 
 def interleaved(
@@ -145,13 +182,21 @@ def interleaved(
             first = turn % len(names)
             for name in names[first:] + names[:first]:
                 repeats = paces[name].repeats
-                elapsed = _timed(calls[name], repeats, clock)
+                elapsed = elapsed_ns(calls[name], repeats, clock)
                 samples[name].append(elapsed / repeats / 1000)
     return samples
 
 
-def _timed(call: Callable[[], object], repeats: int, clock: Clock) -> int:
+def elapsed_ns(call: Callable[[], object], repeats: int, clock: Clock) -> int:
+    """Nanoseconds that `repeats` calls take together."""
+    if isinstance(clock, Stopwatch):
+        return clock.time_ns(call, repeats)
     start = clock()
     for _ in range(repeats):
         call()
     return clock() - start
+
+
+def remark(clock: Clock, call: Callable[[], object]) -> str:
+    """What a reader of the call's time must know; '' if nothing."""
+    return clock.remark(call) if isinstance(clock, Stopwatch) else ""

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from benchmarks.compare import compare, show
 from benchmarks.providers import FROZEN, OURS
-from benchmarks.record import Results
+from benchmarks.record import OK, WRONG, Results, SuiteRecord
 from benchmarks.run import Settings, run
 from benchmarks.shapes import Case, Layer
 from benchmarks.timing import bootstrap
@@ -63,6 +63,58 @@ def test_the_table_counts_and_names(made: Results) -> None:
     show(console, compare(timed(made, 1.0, 0.02), timed(made, 1.3, 0.02)))
     said = console.export_text()
     assert "tiny.layer" in said and "2 cells in both: 2 slower, 0 faster, 0 without" in said
+
+
+# Suites other than the layers'
+
+
+def suite_results(made: Results, ratio: float, spread: float = 0.02, hour: float = 1.0) -> Results:
+    """The same items with made-up samples: ours takes `ratio` times the base's time."""
+    draw = random.Random(11)
+    records = []
+    for suite, item, base in (("decode", "gpt2", "merged"), ("block", "llama", "peft")):
+        for provider, factor in ((base, 1.0), (OURS, ratio)):
+            record = SuiteRecord(suite, item, {"M": 1}, "bf16", "F", provider, base, OK, "")
+            samples = [100 * hour * factor * (1 + spread * (draw.random() - 0.5)) for _ in range(9)]
+            record.set_times(1, samples, samples)
+            records.append(record)
+    broken = SuiteRecord("decode", "gpt2", {"M": 1}, "bf16", "F", "broken", "merged", WRONG, "off")
+    return replace(made, records=[], suites=[*records, broken])
+
+
+def test_suites_are_compared_by_their_own_base(made: Results) -> None:
+    same = compare(suite_results(made, 1.2), suite_results(made, 1.2, hour=3.0))
+    assert {(c.cell.suite, c.cell.provider) for c in same} == {("decode", OURS), ("block", OURS)}
+    assert not any(change.significant for change in same)
+    slower = compare(suite_results(made, 1.0), suite_results(made, 1.3))
+    assert len(slower) == 2
+    assert all(c.significant and c.ratio == pytest.approx(1.3, abs=0.03) for c in slower)
+
+
+def test_what_one_run_did_not_time_is_no_change(made: Results) -> None:
+    after = suite_results(made, 1.3)
+    after.suites = [r for r in after.suites if r.provider != "merged"]
+    changes = compare(suite_results(made, 1.0), after)
+    assert [c.cell.suite for c in changes] == ["block"], "decode has lost its base"
+    assert ("M=1", "broken") not in {(c.cell.sizes, c.cell.provider) for c in changes}
+
+
+def test_the_table_counts_suite_by_suite(made: Results) -> None:
+    before, after = timed(made, 1.0, 0.02), timed(made, 1.3, 0.02)
+    before.suites, after.suites = suite_results(made, 1).suites, suite_results(made, 1).suites
+    console = Console(record=True, width=200)
+    show(console, compare(before, after))
+    said = console.export_text()
+    assert "layer: 2 cells in both: 2 slower, 0 faster, 0 without" in said
+    assert "decode: 1 cells in both: 0 slower, 0 faster, 1 without" in said
+    assert "M=4 R=4" in said and "llama" not in said
+
+
+def test_nothing_of_the_table_is_cut_on_a_narrow_terminal(made: Results) -> None:
+    console = Console(record=True, width=80)
+    show(console, compare(suite_results(made, 1.0), suite_results(made, 1.3)))
+    said = console.export_text()
+    assert "…" not in said and "llama" in said and OURS in said
 
 
 def test_nothing_in_common(made: Results) -> None:

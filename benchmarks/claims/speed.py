@@ -17,7 +17,14 @@ from transformers import GPT2Config, GPT2Model
 import lora_fused.loralib
 from benchmarks.claims import models
 from benchmarks.claims.claim import Claim
-from benchmarks.timing import Clock, clock_for, interleaved, pace_of, paired_ratio
+from benchmarks.timing import (
+    Clock,
+    clock_for,
+    elapsed_ns,
+    interleaved,
+    pace_of,
+    paired_ratio,
+)
 from lora_fused.backends import cpu
 
 ROUNDS = 9
@@ -140,12 +147,12 @@ def switching(threads: int = 1) -> list[Claim]:
 
 
 def _cycles(model: nn.Module, clock: Clock, count: int) -> float:
-    start = clock()
-    for _ in range(count):
+    def cycle() -> None:
         model.eval()
         model.train()
         _fill_adapters(model)
-    return (clock() - start) / count
+
+    return elapsed_ns(cycle, count, clock) / count
 
 
 def _fill_adapters(model: nn.Module) -> None:

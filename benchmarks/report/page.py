@@ -1,4 +1,4 @@
-"""The HTML report: one self-contained file, made from the results alone."""
+"""The page: what goes into it, from the results and the cost model."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -6,22 +6,33 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from benchmarks import figures
+from benchmarks.figures.bars import dropout_bars, memory_bars
+from benchmarks.figures.panel import label
+from benchmarks.figures.roofline import roofline
+from benchmarks.figures.strategy import strategy_maps
+from benchmarks.figures.tax import tax_by_case, tax_by_tokens
 from benchmarks.goals import SET_ON, GoalRow
 from benchmarks.providers import FROZEN, OURS, PEFT, PREPACKED
-from benchmarks.record import OK, Record, Results
+from benchmarks.record import Record, Results
+from benchmarks.report.suites import sections
+from benchmarks.roofline import percent_table, roof_rows
 from benchmarks.shapes import DTYPES, FORWARD_BACKWARD, PASSES
+from benchmarks.strategy import MODELLED_GPUS, StrategyMap, modelled_map
 from benchmarks.summary import (
     GOAL_RANK,
     NOISE,
+    ClassMean,
     Rivalry,
     against_best,
     class_means,
     dropout_costs,
     excess_over_frozen,
+    failures,
+    in_order,
+    remarks,
     worst_error_ratios,
 )
-from benchmarks.table import LABELS, human_bytes, machine_lines
+from benchmarks.table import human_bytes, machine_lines, with_interval
 from benchmarks.timing import geometric_mean
 
 
@@ -51,30 +62,42 @@ def write_report(results: Results, goals: Sequence[GoalRow], path: Path) -> None
     )
     records = results.records
     dtypes = [d for d in DTYPES if any(r.timed and r.dtype == d for r in records)]
-    page = environment.get_template("report.html.j2").render(
+    page = environment.get_template("page.html.j2").render(
         results=results,
         machine=machine_lines(results),
-        labels=LABELS,
+        label=label,
         headlines=headlines(results, goals),
-        goals=goals,
+        goals=goals if any(g.met is not None for g in goals) else [],
         goals_note=SET_ON,
-        tokens_figures=_present(
-            figures.tax_by_tokens(records, d, p) for d in dtypes for p in PASSES
-        ),
-        case_figures=_present(figures.tax_by_case(records, d, p) for d in dtypes for p in PASSES),
+        tokens_figures=_present(tax_by_tokens(records, d, p) for d in dtypes for p in PASSES),
+        case_figures=_present(tax_by_case(records, d, p) for d in dtypes for p in PASSES),
         class_tables=_class_tables(records),
         worst=_worst(records),
         noise=NOISE,
-        dropout_figures=_present(figures.dropout_bars(records, p) for p in PASSES),
+        roofs=roof_rows(results),
+        roof_percents=percent_table(results),
+        roof_figures=_present(roofline(results, d, p) for d in dtypes for p in PASSES),
+        maps_here=_maps_here(results),
+        maps_modelled=[f for name in MODELLED_GPUS for f in strategy_maps(modelled_map(name))],
+        suites=sections(results.suites, results.machine),
+        dropout_figures=_present(dropout_bars(records, p) for p in PASSES),
         numerics=worst_error_ratios(records),
-        failures=_failures(records),
+        failures=[r for r in failures(records) if r.pass_ == FORWARD_BACKWARD],
+        remarks=remarks(records),
         memory=results.memory,
-        frozen=FROZEN,
-        memory_figures=_present(figures.memory_bars(results.memory, r) for r in (False, True)),
+        memory_figures=_present(memory_bars(results.memory, r) for r in (False, True)),
         human_bytes=human_bytes,
+        number=_number,
+        with_interval=with_interval,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page)
+
+
+def _maps_here(results: Results) -> list[str]:
+    """Of the machine of the run, as its dispatcher answered then."""
+    maps = [StrategyMap(**m) for m in results.machine.get("strategy_maps", [])]
+    return [figure for found in maps for figure in strategy_maps(found)]
 
 
 def headlines(results: Results, goals: Sequence[GoalRow]) -> list[Headline]:
@@ -101,9 +124,9 @@ def headlines(results: Results, goals: Sequence[GoalRow]) -> list[Headline]:
         beside = f"PEFT {human_bytes(excess[PEFT])}" if PEFT in excess else "PEFT not measured"
         what = "peak memory above the frozen layer, forward + backward"
         found.append(Headline(human_bytes(excess[OURS]), what, beside))
-    if not goals:
-        return found
     measured = [g for g in goals if g.met is not None]
+    if not measured:
+        return found
     met = sum(bool(g.met) for g in measured)
     found.append(
         Headline(
@@ -132,20 +155,14 @@ def _class_tables(records: Sequence[Record]) -> list[ClassTable]:
     for dropout in sorted({r.dropout for r in records}):
         for title, has in ranks.items():
             means = class_means(records, dropout, has)
-            names = [
-                n
-                for n in LABELS
-                if n != FROZEN and any((n, p) in row for row in means.values() for p in PASSES)
-            ]
+            present = {name for row in means.values() for name, _ in row}
+            names = in_order(present - {FROZEN})
             rows = [
                 (
                     dtype,
                     M,
                     max(mean.cases for mean in row.values()),
-                    [
-                        " / ".join(f"{row[n, p].tax:.2f}" if (n, p) in row else "-" for p in PASSES)
-                        for n in names
-                    ],
+                    [" / ".join(_cell(row.get((n, p))) for p in PASSES) for n in names],
                 )
                 for (dtype, M), row in means.items()
             ]
@@ -154,14 +171,17 @@ def _class_tables(records: Sequence[Record]) -> list[ClassTable]:
     return tables
 
 
+def _cell(mean: ClassMean | None) -> str:
+    return "-" if mean is None else with_interval(mean.tax, mean.low, mean.high)
+
+
 def _worst(records: Sequence[Record], count: int = 15) -> list[Rivalry]:
     rivalries = [r for name in (OURS, PREPACKED) for r in against_best(records, name)]
     return sorted(rivalries, key=lambda r: -r.ratio.median)[:count]
 
 
-def _failures(records: Sequence[Record]) -> list[Record]:
-    """What was wrong or crashed, once per provider, case and dropout."""
-    return [r for r in records if r.status != OK and r.pass_ == FORWARD_BACKWARD]
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _present(made: Iterable[str | None]) -> list[str]:
