@@ -136,7 +136,7 @@ class _ClusterPhase:
 class ClusterBarriers:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.arrivals = np.zeros(machine.lane_count, np.int64)
+        self.arrivals, self.passed = np.zeros((2, machine.lane_count), np.int64)
         self.phases = [_ClusterPhase() for _ in range(machine.layout.teams)]
 
     def arrive(self, lanes: np.ndarray, release: bool) -> None:
@@ -183,6 +183,7 @@ class ClusterBarriers:
                     known = _fit(phase.done, machine.clocks)
                     machine.clocks.acquire(team, members[done], known)
                     machine.races.learn(lanes[done], phase.abroad_done)
+                self.passed[lanes[done]] = self.arrivals[lanes[done]]
                 machine.release(lanes[done])
             machine.block(lanes[here & ~done], "barrier.cluster")
 
@@ -190,3 +191,4 @@ class ClusterBarriers:
         self.phases[team] = _ClusterPhase()
         begin = team * self.machine.team_lanes
         self.arrivals[begin : begin + self.machine.team_lanes] = 0
+        self.passed[begin : begin + self.machine.team_lanes] = 0

@@ -37,7 +37,6 @@ EXPECT = r"(expect_tx[^;]*,\s*)\S+;"
 ARRIVE = r"mbarrier\.arrive\.release[^;]*;"
 CLUSTER = r"barrier\.cluster\.arrive\.aligned;\s*barrier\.cluster\.wait\.aligned;"
 SPIN = r"again:\s*mbarrier\.try_wait[^;]*;\s*@done bra over;\s*bra again;"
-LATE = Schedule("reversed", "late", slow_block=0)
 
 
 class Fault(NamedTuple):
@@ -68,9 +67,7 @@ TEXT = [
     Fault("gradient-exchange-barrier", GRADIENT, BARRIER, 4, "", "race", "ld.shared"),
     Fault("hopper-store-barrier", HOPPER, BARRIER, 1, "", "race", "bulk.tensor.2d.global"),
     Fault("hopper-cluster-barrier", HOPPER, CLUSTER, 0, "", "race", "mbarrier|bulk"),
-    Fault(
-        "hopper-exit-barrier", HOPPER, CLUSTER, 1, "", "exited-block", "mbarrier.arrive|bulk", LATE
-    ),
+    Fault("hopper-exit-barrier", HOPPER, CLUSTER, 1, "", "exited-block", "mbarrier.arrive|bulk"),
     Fault("warps-init-barrier", WARPS, BARRIER, 1, "", "race", "bulk.tensor"),
     Fault("descriptor-alloc-barrier", DESCRIPTOR, BARRIER, 0, "", "race", "ld.shared"),
     Fault("sum-barrier", SUM, BARRIER, 0, "", "race", "ld.shared"),
