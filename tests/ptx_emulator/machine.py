@@ -33,6 +33,7 @@ from .states import ARRIVED, BLOCKED, EXITED, READY
 from .syntax import Module
 from .tensor_map_proxy import TensorMapProxy
 from .tensor_memory import TensorMemory
+from .thread_sync import ThreadSync
 from .traffic import Traffic
 from .visits import Visits
 from .warpgroups import WarpgroupQueues
@@ -101,6 +102,7 @@ class Machine:
         self.mbarriers = TransactionBarriers(self)
         self.async_work = AsyncWork(self)
         self.tensor_memory = TensorMemory(self)
+        self.thread_sync = ThreadSync(self)
         self.tensor_map_proxy = TensorMapProxy(self)
         self.register_pool = RegisterPool(self, registers)
         self.dependent_launch = DependentLaunch(self)
@@ -444,6 +446,7 @@ class Machine:
         self.register_pool.restart(lanes)
         self.dependent_launch.restart(lanes)
         self.visits.restart(lanes)
+        self.thread_sync.restart(lanes)
         self.cluster_barriers.start(team)
         for rank in range(self.layout.cluster_size):
             slot = team * self.layout.cluster_size + rank
