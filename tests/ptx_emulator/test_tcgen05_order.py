@@ -179,3 +179,15 @@ def test_a_missing_part_is_found(name: str, part: int) -> None:
     for schedule in EVERY_SCHEDULE[:4]:
         kinds = set(PATTERNS[name][part][1].split("|"))
         assert kinds & found(name, part, schedule)
+
+
+def test_tf32_product_of_ones() -> None:
+    """64 x 8 x 8 ones: every element of the product is 8, in every lane that holds one."""
+    shape = SHAPE_8 | 2 << 7 | 2 << 10
+    ones = START.replace("ARRIVALS", "1").replace("mov.b32 %r1, 0;", "mov.b32 %r1, 0f3F800000;")
+    product = multiply("@%p1", shape).replace("kind::f16", "kind::tf32")
+    check = "setp.ne.b32 %p6, %r60, 0f41000000; @%p6 trap; setp.ne.b32 %p6, %r63, 0f41000000;"
+    body = ones + product + DONE + SEEN + LOAD + LOADED + check + "@%p6 trap;" + FINISH
+    assert findings(body, threads=128, shared=4128).ok
+    wrong = body.replace("0f41000000", "0f40E00000")
+    assert findings(wrong, threads=128, shared=4128).kinds() == {"trap"}
