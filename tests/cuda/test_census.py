@@ -9,7 +9,7 @@ import pytest
 
 from tests.ptx_emulator import parse
 from tests.ptx_emulator.census import census, unknown_instructions
-from tests.ptx_emulator.variants import tested
+from tests.ptx_emulator.variants import with_a_test
 
 from .compile import ROOT, ptx
 
@@ -39,4 +39,4 @@ def test_nothing_is_unknown(source: str, arch: str) -> None:
     assert module.entries
     for entry in module.entries:
         assert unknown_instructions(module, module.kernel(entry)) == []
-        assert set(census(module.kernel(entry))) - tested() == set()
+        assert set(census(module.kernel(entry))) - with_a_test() == set()

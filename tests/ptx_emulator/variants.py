@@ -24,7 +24,7 @@ NAMES = (
 COMPILED = ("test_counters", "test_a_multicast_reads_global_memory_once")
 
 
-def tested() -> set[str]:
+def with_a_test() -> set[str]:
     """What the file lists."""
     return set(FILE.read_text().split())
 

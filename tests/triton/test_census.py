@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from lora_fused.backends.triton.candidates import AMD, SHIPPED, Shipped
 from tests.ptx_emulator import parse
 from tests.ptx_emulator.census import census, unknown_instructions
-from tests.ptx_emulator.variants import tested
+from tests.ptx_emulator.variants import with_a_test
 from tests.triton.shipped import compiled
 from tests.triton.test_shipped import REPRESENTATIVE
 
@@ -23,7 +23,7 @@ def check(choice: Shipped) -> None:
         for entry in module.entries:
             kernel = module.kernel(entry)
             assert unknown_instructions(module, kernel) == []
-            assert set(census(kernel)) - tested() == set()
+            assert set(census(kernel)) - with_a_test() == set()
 
 
 def on_nvidia(choices: list[Shipped]) -> list[Shipped]:
