@@ -40,6 +40,7 @@ SCALAR = [
     ("mul.f64 $0, $1, $2;", [(F64, [3.0]), (F64, [2.0**-900])], F64, [3 * 2.0**-900]),
     ("neg.f64 $0, $1;", [(F64, [3.0])], F64, [-3.0]),
     ("neg.s64 $0, $1;", [(S64, [2**40])], S64, [-(2**40)]),
+    ("min.s64 $0, $1, $2;", [(S64, [-(2**40)]), (S64, [1])], S64, [-(2**40)]),
     ("not.b16 $0, $1;", [(U16, [0xF0])], U16, [0xFF0F]),
     ("or.b16 $0, $1, $2;", [(U16, [12]), (U16, [10])], U16, [14]),
     ("xor.b64 $0, $1, $2;", [(U64, [2**40 + 1]), (U64, [1])], U64, [2**40]),
@@ -58,6 +59,7 @@ COMPARED = [
     ("gt.u32", U32, [2**31, 1], [1, 2**31], [1, 0]),
     ("le.s32", np.dtype("i4"), [-1, 2], [-1, 1], [1, 0]),
     ("lt.s64", S64, [-(2**40), 2], [1, 2], [1, 0]),
+    ("le.s64", S64, [-(2**40), 2], [1, 1], [1, 0]),
     ("lt.u64", U64, [2**63, 1], [1, 2**63], [0, 1]),
 ]
 
@@ -91,6 +93,16 @@ def test_selp(form: str, dtype: np.dtype) -> None:
 # ---- loads and stores ----------------------------------------------------------------------
 
 MEMORY = [
+    "ld.global.cg.f32",
+    "ld.global.u16",
+    "ld.shared.s32",
+    "ld.shared.u8",
+    "ld.shared.v4.u32",
+    "st.global.v2.f32",
+    "st.global.v4.f32",
+    "st.shared.u16",
+    "st.shared.u8",
+    "st.shared.v4.f32",
     "ld.global.f32",
     "ld.global.f64",
     "ld.global.u32",
@@ -156,6 +168,15 @@ def test_memory(form: str) -> None:
     findings(body, data, out, middle, threads=1, shared=16).check()
     moved = count * unit // 8
     assert out.tolist() == [*data[:moved], *[0] * (16 - moved)]
+
+
+def test_copy_with_a_prefetch_hint() -> None:
+    out, data = np.zeros(4, np.uint32), np.array([5, 6, 7, 8], np.uint32)
+    body = """cp.async.cg.shared.global.L2::128B [smem], [%a0], 16, 12; cp.async.wait_all;
+        ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [smem];
+        st.global.v4.b32 [%a1], {%r1, %r2, %r3, %r4};"""
+    findings(body, data, out, threads=1, shared=16).check()
+    assert out.tolist() == [5, 6, 7, 0]
 
 
 def test_parameters_as_vectors() -> None:
