@@ -1,4 +1,5 @@
-"""Every instruction of every CUDA kernel, for every target, is one that the emulator implements."""
+"""Every instruction of every CUDA kernel, for every target, is one that the emulator implements
+and that a test of its own executes."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.ptx_emulator import parse
-from tests.ptx_emulator.census import unknown_instructions
+from tests.ptx_emulator.census import census, unknown_instructions
+from tests.ptx_emulator.variants import with_a_test
 
 from .compile import ROOT, ptx
 
@@ -37,3 +39,4 @@ def test_nothing_is_unknown(source: str, arch: str) -> None:
     assert module.entries
     for entry in module.entries:
         assert unknown_instructions(module, module.kernel(entry)) == []
+        assert set(census(module.kernel(entry))) - with_a_test() == set()

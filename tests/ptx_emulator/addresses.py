@@ -45,6 +45,7 @@ def shared_offsets(machine: Machine, lanes: np.ndarray, address: np.ndarray) -> 
             machine.stop("out-of-bounds", f"shared address {int(address[outside][0]):#x}", None)
         slot = np.where(rank == 0, slot, slot // size * size + rank - 1)
         machine.check_running(slot)
+        machine.visits.record(lanes, slot)
     offset = address & _OFFSET_MASK
     if (offset >= machine.shared.stride).any():
         bad = offset >= machine.shared.stride

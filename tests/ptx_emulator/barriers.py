@@ -27,6 +27,7 @@ class NamedBarrier:
     waiting: list[np.ndarray] = field(default_factory=list)
     passers: list[np.ndarray] = field(default_factory=list)
     released: np.ndarray | None = None
+    posted: np.ndarray | None = None
 
 
 class BlockBarriers:
@@ -74,6 +75,7 @@ class BlockBarriers:
                 f"barrier {key[1]} is in use for {barrier.expected} threads, here {expected}",
                 None,
             )
+        barrier.posted = machine.thread_sync.arrive(lanes, barrier.posted)
         barrier.arrived += 32 * len(np.unique(lanes >> 5)) if aligned else len(lanes)
         if wait:
             barrier.waiting.append(lanes)
@@ -114,6 +116,7 @@ class BlockBarriers:
         else:
             clocks.join(team, members)
         machine.races.joined(lanes, barrier.passers)
+        machine.thread_sync.meet(lanes, barrier.posted)
         self.results[lanes] = np.count_nonzero(self.votes[lanes])
         self.voters[lanes] = len(lanes)
         machine.release(lanes)
@@ -131,12 +134,14 @@ class _ClusterPhase:
     done: np.ndarray | None = None
     abroad: Knowledge = field(default_factory=dict)
     abroad_done: Knowledge = field(default_factory=dict)
+    posted: np.ndarray | None = None
+    posted_done: np.ndarray | None = None
 
 
 class ClusterBarriers:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.arrivals = np.zeros(machine.lane_count, np.int64)
+        self.arrivals, self.passed = np.zeros((2, machine.lane_count), np.int64)
         self.phases = [_ClusterPhase() for _ in range(machine.layout.teams)]
 
     def arrive(self, lanes: np.ndarray, release: bool) -> None:
@@ -147,6 +152,7 @@ class ClusterBarriers:
         self.arrivals[lanes] += 1
         for team in np.unique(teams).tolist():
             phase = self.phases[team]
+            phase.posted = machine.thread_sync.arrive(lanes[teams == team], phase.posted)
             if release:
                 known = machine.clocks.release(team, members[teams == team])
                 if phase.known is not None:
@@ -164,6 +170,7 @@ class ClusterBarriers:
         if len(live) and (self.arrivals[live] > phase.number).all():
             phase.number += 1
             phase.done, phase.known = phase.known, None
+            phase.posted_done, phase.posted = phase.posted, None
             phase.abroad_done, phase.abroad = phase.abroad, {}
             machine.progress += 1
             if machine.counters is not None:
@@ -183,6 +190,8 @@ class ClusterBarriers:
                     known = _fit(phase.done, machine.clocks)
                     machine.clocks.acquire(team, members[done], known)
                     machine.races.learn(lanes[done], phase.abroad_done)
+                machine.thread_sync.meet(lanes[done], phase.posted_done)
+                self.passed[lanes[done]] = self.arrivals[lanes[done]]
                 machine.release(lanes[done])
             machine.block(lanes[here & ~done], "barrier.cluster")
 
@@ -190,3 +199,4 @@ class ClusterBarriers:
         self.phases[team] = _ClusterPhase()
         begin = team * self.machine.team_lanes
         self.arrivals[begin : begin + self.machine.team_lanes] = 0
+        self.passed[begin : begin + self.machine.team_lanes] = 0

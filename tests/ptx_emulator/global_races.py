@@ -51,6 +51,7 @@ class GlobalTracker(Granules):
         self.reader = np.full((2, count), -1, np.int32)
         self.read = np.zeros((2, count), np.int32)
         self.read_at = np.zeros(count, np.int32)
+        self.observed = np.zeros(count, bool)  # the last store was read by a strong load
         self.knowledge: list[Knowledge] = [{}]
         self.known_by = np.zeros(machine.lane_count, np.int32)
         self.proxy_view = np.zeros(machine.lane_count, np.int32)
@@ -87,6 +88,7 @@ class GlobalTracker(Granules):
         self.reader[0, cells] = uid[:, None]
         self.read[0, cells] = tick[:, None]
         self.read_at[cells] = self.machine.at.index
+        self.observed[cells] |= strong != WEAK
 
     def store(
         self,
@@ -96,6 +98,7 @@ class GlobalTracker(Granules):
         same: Same | None,
         strong: int = WEAK,
         engine: bool = False,
+        ticks: np.ndarray | None = None,
     ) -> None:
         if self.machine.dependent_launch.ranges:
             self.machine.dependent_launch.check(lanes, at)
@@ -114,7 +117,9 @@ class GlobalTracker(Granules):
                     same,
                 )
         self.writer[cells] = self.machine.thread_ids(lanes)[:, None]
-        self.written[cells] = NEVER if engine else self.machine.ticks(lanes)[:, None]
+        ticks = self.machine.ticks(lanes) if ticks is None else ticks
+        self.written[cells] = NEVER if engine else ticks[:, None]
+        self.observed[cells] = False
         self.by_engine[cells] = engine
         self.strong[cells] = strong
         self.write_at[cells] = self.machine.at.index
@@ -165,6 +170,8 @@ class GlobalTracker(Granules):
             return
         other, tick = other[row, column], tick[row, column]
         bad = ~self.ordered(lanes[row], other, tick)
+        if places is self.write_at and bad.any():
+            bad[bad] = ~self._saw(lanes[row[bad]], cells[row[bad], column[bad]], tick[bad])
         if not bad.any():
             return
         rows = np.zeros(len(lanes), bool)
@@ -181,6 +188,16 @@ class GlobalTracker(Granules):
         self.machine.find(
             "global-race", f"{message} of {who} at line {place.line} ({place.text}), {where}", rows
         )
+
+    def _saw(self, lanes: np.ndarray, cells: np.ndarray, tick: np.ndarray) -> np.ndarray:
+        """Whether the store was read, by a strong load that happened before now.
+
+        "Causality Order": X precedes Y also when a Z that observed X precedes Y; of what its writer
+        did before X that says nothing."""
+        reader, read = self.reader[0, cells], self.read[0, cells]
+        mine = reader == self.machine.thread_ids(lanes)
+        before = mine | self.ordered(lanes, reader, read)
+        return self.observed[cells] & (tick != NEVER) & before
 
     def _check_proxy(self, lanes, cells, writer, tick) -> None:
         generic = (writer >= 0) & ~self.by_engine[cells]

@@ -33,11 +33,14 @@ from .states import ARRIVED, BLOCKED, EXITED, READY
 from .syntax import Module
 from .tensor_map_proxy import TensorMapProxy
 from .tensor_memory import TensorMemory
+from .thread_sync import ThreadSync
 from .traffic import Traffic
+from .visits import Visits
 from .warpgroups import WarpgroupQueues
 
 _FAR = np.int32(2**31 - 1)
 _STALL_ROUNDS = 40
+_EAGER_LOOKS = 1000  # a loop that stores while it waits must not keep the others from running
 MAX_FINDINGS = 50
 
 
@@ -67,6 +70,11 @@ class Machine:
         self.pc = np.zeros(layout.lanes, np.int32)
         self.through = np.zeros(layout.lanes, bool)
         self.yielded = np.zeros(layout.lanes, bool)
+        # of eager schedules: where, when and how often a lane looked, and whether it ever spun
+        self.looked_at = np.full((2, layout.lanes), -1, np.int64)
+        self.looks = np.zeros(layout.lanes, np.int64)
+        self.spinning = np.zeros(layout.lanes, bool)
+        self.seen_progress = 0
         self.reasons: list[str] = [""]
         self.reason_of = {"": 0}
         self.waiting = np.zeros(layout.lanes, np.int32)
@@ -90,9 +98,11 @@ class Machine:
         self.picker = Picker(schedule, layout.block_lanes // 32)
         self.barriers = BlockBarriers(self)
         self.cluster_barriers = ClusterBarriers(self)
+        self.visits = Visits(self)
         self.mbarriers = TransactionBarriers(self)
         self.async_work = AsyncWork(self)
         self.tensor_memory = TensorMemory(self)
+        self.thread_sync = ThreadSync(self)
         self.tensor_map_proxy = TensorMapProxy(self)
         self.register_pool = RegisterPool(self, registers)
         self.dependent_launch = DependentLaunch(self)
@@ -150,6 +160,18 @@ class Machine:
 
     def yield_lanes(self, lanes: np.ndarray) -> None:
         """The lanes looked at something others may change: let others run first."""
+        self.yielded[lanes] = True
+
+    def looked(self, lanes: np.ndarray) -> None:
+        """A strong load: others run first, but eager lanes only if they look once more in vain."""
+        if self.schedule.eager:
+            now = np.stack([self.pc[lanes], np.full(len(lanes), self.progress)])
+            same = self.looked_at[:, lanes] == now
+            self.looks[lanes] = np.where(same[0], self.looks[lanes] + 1, 0)
+            vain = same[0] & (same[1] | (self.looks[lanes] % _EAGER_LOOKS == 0))
+            self.looked_at[:, lanes] = now
+            self.spinning[lanes] |= vain
+            lanes = lanes[vain]
         self.yielded[lanes] = True
 
     def team_of(self, lanes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -256,7 +278,11 @@ class Machine:
         """Run one block of a chosen set of lanes; False when nobody can run."""
         if self.schedule.landing != "early":
             self.async_work.maybe_land()
+        if self.schedule.eager:
+            self._let_look()
         ready = (self.status == READY) & ~self.yielded
+        if (ready & self.spinning).any():
+            ready &= self.spinning
         if self.schedule.slow_block is not None:
             slow = self.layout.lane_block == self.schedule.slow_block
             if (ready & ~slow).any():
@@ -278,6 +304,17 @@ class Machine:
         self._advance(order, Group(lanes, self.lane_count), alone)
         return True
 
+    def _has_news(self) -> bool:
+        """Whether something happened that eager lanes may wait for."""
+        news = self.schedule.eager and self.progress != self.seen_progress
+        return news and bool(self.spinning.any())
+
+    def _let_look(self) -> None:
+        """Spinning lanes look again, and first, when anything happened since."""
+        if self._has_news():
+            self.yielded[self.spinning] = False
+        self.seen_progress = self.progress
+
     def _advance(self, order: int, group: Group, alone: bool) -> None:
         """Run `group` from block `order` until it splits, waits or may meet others."""
         while True:
@@ -288,7 +325,7 @@ class Machine:
             following = self._leave(order, group)
             if following is None or not alone or self.picker.schedule.order == "random":
                 return
-            if self.yielded[group.lanes[0]]:
+            if self.yielded[group.lanes[0]] or self._has_news():
                 return
             order = following
 
@@ -373,6 +410,8 @@ class Machine:
         groups = np.unique(group.lanes // 128)
         around = (groups[:, None] * 128 + np.arange(128)).ravel()
         self.retry(around[around < self.lane_count])
+        if self.layout.cluster_size > 1:
+            self.visits.exited(np.unique(self.slots_of(group.lanes)))
         for team in np.unique(group.lanes // self.team_lanes).tolist():
             begin = team * self.team_lanes
             self.cluster_barriers.update(team)
@@ -401,10 +440,13 @@ class Machine:
         self.pc[lanes] = 0
         self.through[lanes] = False
         self.yielded[lanes] = False
+        self.spinning[lanes] = False
         self.races.restart(lanes)
         self.registers.restart(lanes)
         self.register_pool.restart(lanes)
         self.dependent_launch.restart(lanes)
+        self.visits.restart(lanes)
+        self.thread_sync.restart(lanes)
         self.cluster_barriers.start(team)
         for rank in range(self.layout.cluster_size):
             slot = team * self.layout.cluster_size + rank

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .global_races import Knowledge, merged
+from .thread_sync import latest
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -32,6 +33,8 @@ class Mbarrier:
     abroad: Knowledge = field(default_factory=dict)
     abroad_done: Knowledge = field(default_factory=dict)
     waiting: np.ndarray | None = None
+    posted: np.ndarray | None = None
+    posted_done: np.ndarray | None = None
 
 
 class TransactionBarriers:
@@ -131,6 +134,7 @@ class TransactionBarriers:
             known = machine.clocks.release(team, lanes % machine.team_lanes)
             barrier.known = _latest(barrier.known, known)
             barrier.abroad = merged(barrier.abroad, machine.races.known_to(lanes))
+        barrier.posted = machine.thread_sync.arrive(lanes, barrier.posted)
         if expect:
             self._transactions(barrier, expect * len(lanes), at)
         barrier.pending -= count * len(lanes)
@@ -168,6 +172,7 @@ class TransactionBarriers:
             self.machine.find("invalidated", f"arrival at an invalidated mbarrier, {where}", None)
             return
         barrier.known = _latest(barrier.known, known)
+        barrier.posted = latest(barrier.posted, known)
         barrier.pending -= 1
         if barrier.pending < 0:
             self.machine.stop("barrier-count", "more arrivals than the mbarrier expects", None)
@@ -191,6 +196,8 @@ class TransactionBarriers:
         if barrier.known is not None:
             barrier.done = _latest(barrier.done, barrier.known)
         barrier.known = None
+        barrier.posted_done = latest(barrier.posted_done, barrier.posted)
+        barrier.posted = None
         if barrier.abroad:
             barrier.abroad_done = merged(barrier.abroad_done, barrier.abroad)
             barrier.abroad = {}

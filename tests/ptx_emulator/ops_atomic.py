@@ -141,9 +141,10 @@ def _order(machine: Machine, lanes, space, at, size: int, form: AtomicForm, read
     races = machine.races
     release = form.order in ("release", "acq_rel")
     acquire = form.order in ("acquire", "acq_rel")
+    ticks = machine.ticks(lanes)  # of the write itself, which its own release covers
     if release or acquire or races.objects or races.nearby or races.fences:
         for lane, where in zip(lanes.tolist(), at.tolist(), strict=True):
             if reads or acquire:
                 races.observe(lane, where, acquire, form.scope)
             races.write(lane, where, release, True, form.scope)
-    races.store(lanes, at, size, None, form.scope)
+    races.store(lanes, at, size, None, form.scope, ticks=ticks)

@@ -200,6 +200,7 @@ def _mbarrier_wait(machine: Machine, ins: Instruction) -> Operation:
             barrier = machine.mbarriers.get(int(lanes[0]), at)
             if machine.mbarriers.finished(barrier, parity):
                 done |= mask
+                machine.thread_sync.meet(lanes, barrier.posted_done)
                 if form.acquire:
                     for members in _by_team(machine, lanes):
                         machine.mbarriers.observed(members, barrier)

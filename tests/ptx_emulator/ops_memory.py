@@ -75,7 +75,7 @@ def load(machine: Machine, ins: Instruction) -> Operation:
                 _observe(machine, group.lanes, at, form)
             machine.races.load(group.lanes, at, form.size, form.strong)
         if form.strong:
-            machine.yield_lanes(group.lanes)
+            machine.looked(group.lanes)
         if machine.counters is not None:
             machine.traffic.access("load", space, group.lanes, at, form.size)
         put(group, values.view(dtype))

@@ -130,6 +130,9 @@ def _reduction(machine: Machine, ins: Instruction, form: BarrierForm) -> Operati
 def _join_warps(machine: Machine, group: Group) -> None:
     """`bar.warp.sync` orders memory among the participating lanes."""
     clocks = machine.clocks
+    for warp in np.unique(group.lanes >> 5) if machine.thread_sync.used else ():
+        lanes = group.lanes[group.lanes >> 5 == warp]
+        machine.thread_sync.meet(lanes, machine.thread_sync.arrive(lanes, None))
     if group.n % 32 == 0 and (group.lanes.reshape(-1, 32)[:, 0] % 32 == 0).all():
         lanes = group.lanes.reshape(-1, 32)
         if (np.diff(lanes, axis=1) == 1).all():

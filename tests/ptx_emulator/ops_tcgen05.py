@@ -113,7 +113,7 @@ def _dealloc(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:
         values = np.broadcast_to(address(group), group.n)
         for row, (slot, _) in enumerate(_slots(machine, group)):
             core = machine.tensor_memory.core(slot)
-            legal(machine, core.allocator.dealloc, 0, int(values[32 * row]), count)
+            core.dealloc(int(group.lanes[32 * row]), int(values[32 * row]), count)
             machine.progress += 1
 
     return run
@@ -176,20 +176,19 @@ def _mma(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:
 def _start(machine, ins, form: _MmaForm, lane: int, d, a, b, idesc, accumulate) -> None:
     slot = lane // machine.block_lanes
     core = machine.tensor_memory.core(slot)
-    core.tick = machine.clocks.tick_engine(lane // machine.team_lanes, core.column)
+    column, tick = core.tick(lane)
     d_cells = legal(machine, model.accumulator_cells, idesc.m, idesc.n, idesc.d_type, d)
     tile_b = _tile(machine, slot, b, idesc.n, idesc.k, idesc.b_type, idesc.b_mn_major)
-    tile_b.issue(lane, core.column, core.tick)
-    a_columns = np.zeros(0, np.int64)
+    tile_b.issue(lane, column, tick)
+    a_cells = None
     if form.a_in_tensor_memory:
         a_cells = legal(machine, model.a_cells, idesc.m, idesc.k, idesc.a_type, a)
-        a_columns = np.unique(a_cells[1])
 
         def read_a() -> np.ndarray:
             return _halves(core.read(*a_cells[:2]), a_cells[2], idesc.a_type)
     else:
         tile_a = _tile(machine, slot, a, idesc.m, idesc.k, idesc.a_type, idesc.a_mn_major)
-        tile_a.issue(lane, core.column, core.tick)
+        tile_a.issue(lane, column, tick)
         read_a = tile_a.read
 
     def compute() -> None:
@@ -199,7 +198,8 @@ def _start(machine, ins, form: _MmaForm, lane: int, d, a, b, idesc, accumulate) 
     if machine.counters is not None:
         machine.counters.tensor_flops += 2 * idesc.m * idesc.n * idesc.k
     job = Job(ins, lane // machine.team_lanes, compute)
-    core.start(lane, np.unique(d_cells[1]), a_columns, job)
+    accumulator = (d, idesc.m, idesc.n, idesc.d_type, form.kind)
+    core.start(lane, accumulator, d_cells, None if a_cells is None else a_cells[:2], job)
 
 
 def _halves(cells: np.ndarray, half: np.ndarray, kind: str) -> np.ndarray:
@@ -278,7 +278,7 @@ def _load(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:
     def run(group: Group) -> None:
         out = np.zeros((group.n, form.lane.shape[1]), np.uint32)
         for row, core, warp, lane, column in form.cells(machine, group):
-            core.warp_access(warp, column, store=False)
+            core.warp_access(warp, (lane, column), store=False)
             out[32 * row : 32 * row + 32] = core.read(lane, column)
             number = int(group.lanes[32 * row]) // 32
             machine.tensor_memory.loading.setdefault(number, set()).update(names)
@@ -295,7 +295,7 @@ def _store(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:
     def run(group: Group) -> None:
         values = get(group)
         for row, core, warp, lane, column in form.cells(machine, group):
-            core.warp_access(warp, column, store=True)
+            core.warp_access(warp, (lane, column), store=True)
             core.write(lane, column, values[32 * row : 32 * row + 32])
 
     return run
@@ -311,4 +311,7 @@ def _wait(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:
 
 def _fence(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:
     mods.done()
-    return lambda group: None
+    operand_count(ins, 0)
+    sync = machine.thread_sync
+    fence = sync.before if ins.modifiers[0] == "fence::before_thread_sync" else sync.after
+    return lambda group: fence(group.lanes)

@@ -16,17 +16,19 @@ class Schedule:
     """`order`: "together" runs all warps that are at the same place at once, "forward" and
     "reversed" run one warp (of every block) as far as it goes, "serial" one warp of one block,
     "random" a seeded choice.  `landing`: "early", "late" or "random".  `slow_block` runs only
-    when nobody else can."""
+    when nobody else can.  `eager`: who spins looks again after every store, and goes on first."""
 
     order: str = "together"
     landing: str = "early"
     seed: int = 0
     slow_block: int | None = None
+    eager: bool = False
 
     def __str__(self) -> str:
         name = f"{self.order}-{self.landing}"
         if "random" in name:
             name += f"-{self.seed}"
+        name += "-eager" if self.eager else ""
         return name + (f"-slow{self.slow_block}" if self.slow_block is not None else "")
 
 
@@ -36,9 +38,9 @@ EVERY_SCHEDULE = (
     Schedule("together", "late"),
     Schedule("forward", "late"),
     Schedule("reversed", "early"),
-    Schedule("serial", "late"),
-    Schedule("random", "random", seed=1),
-    Schedule("reversed", "late", slow_block=0),
+    Schedule("serial", "late", eager=True),
+    Schedule("random", "random", seed=1, eager=True),
+    Schedule("reversed", "late", slow_block=0, eager=True),
 )
 
 

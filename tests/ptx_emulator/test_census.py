@@ -13,6 +13,7 @@ from .harness import kernel
 from .instruction import Kernel
 from .syntax import Module, parse
 from .testing import FIXTURES, module
+from .variants import recorded, with_a_test
 
 UNREACHED = {"mov.b16"}  # initialises registers of masked loads; see test_scalar
 
@@ -44,6 +45,17 @@ def test_the_census_is_executed() -> None:
     transpose = set(census(module("tile_gemm").kernel("transpose")))
     assert len(present) > 150
     assert set(present) - executed - elsewhere - transpose == UNREACHED
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_variant_has_a_test_of_its_own(name: str) -> None:
+    for entry in module(name).entries:
+        assert set(census(module(name).kernel(entry))) - with_a_test() == set()
+
+
+@pytest.mark.full
+def test_the_list_of_tested_variants_is_true() -> None:
+    assert recorded() == with_a_test()
 
 
 STRANGE = ("bogus", "L2::bogus", "L1::bogus", "v3", "f16x3", "shared::bogus")

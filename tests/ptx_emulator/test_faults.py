@@ -8,12 +8,14 @@ and show in the result only; `EQUIVALENT` ones change nothing that any schedule 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from . import EVERY_SCHEDULE, TOGETHER, Schedule
 from .cases import Case
+from .fault_list import table
 from .testing import fixture, with_fault
 
 TILE = Case("tile_gemm", {"M": 72, "N": 88, "K": 136})
@@ -37,7 +39,6 @@ EXPECT = r"(expect_tx[^;]*,\s*)\S+;"
 ARRIVE = r"mbarrier\.arrive\.release[^;]*;"
 CLUSTER = r"barrier\.cluster\.arrive\.aligned;\s*barrier\.cluster\.wait\.aligned;"
 SPIN = r"again:\s*mbarrier\.try_wait[^;]*;\s*@done bra over;\s*bra again;"
-LATE = Schedule("reversed", "late", slow_block=0)
 
 
 class Fault(NamedTuple):
@@ -68,9 +69,7 @@ TEXT = [
     Fault("gradient-exchange-barrier", GRADIENT, BARRIER, 4, "", "race", "ld.shared"),
     Fault("hopper-store-barrier", HOPPER, BARRIER, 1, "", "race", "bulk.tensor.2d.global"),
     Fault("hopper-cluster-barrier", HOPPER, CLUSTER, 0, "", "race", "mbarrier|bulk"),
-    Fault(
-        "hopper-exit-barrier", HOPPER, CLUSTER, 1, "", "exited-block", "mbarrier.arrive|bulk", LATE
-    ),
+    Fault("hopper-exit-barrier", HOPPER, CLUSTER, 1, "", "exited-block", "mbarrier.arrive|bulk"),
     Fault("warps-init-barrier", WARPS, BARRIER, 1, "", "race", "bulk.tensor"),
     Fault("descriptor-alloc-barrier", DESCRIPTOR, BARRIER, 0, "", "race", "ld.shared"),
     Fault("sum-barrier", SUM, BARRIER, 0, "", "race", "ld.shared"),
@@ -308,3 +307,8 @@ def test_equivalent_change_is_not_reported(fault: Fault) -> None:
 def test_there_are_enough_faults() -> None:
     kernels = {(f.case.fixture, f.case.options.get("kernel")) for f in TEXT}
     assert len(TEXT) >= 40 and len(kernels) >= 6
+
+
+def test_the_page_lists_all_faults() -> None:
+    page = Path(__file__).parents[2] / "docs" / "gpu-without-gpu.md"
+    assert table() in page.read_text(), "python -m tests.ptx_emulator.fault_list prints the list"

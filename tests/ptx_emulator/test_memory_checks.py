@@ -271,6 +271,65 @@ def test_flags_between_blocks(post: str, wait: str, fence: str, ordered: bool) -
         assert x[2] == 7
 
 
+# The counter of a release sequence: every block adds, block 0 waits for all and resets it.
+COUNT = """mov.u32 %r1, %ctaid.x; POST setp.ne.u32 %p1, %r1, 0; @%p1 bra DONE;
+    READ: WAIT setp.ne.u32 %p2, %r2, 3; @%p2 bra READ; FENCE st.global.b32 [%a0], 0; DONE:"""
+SEE, SEE_ACQUIRED = (f"ld.{order}.gpu.global.b32 %r2, [%a0];" for order in ("relaxed", "acquire"))
+
+
+@pytest.mark.parametrize(
+    ("post", "wait", "ordered"),
+    [
+        ("red.release.gpu.global.add.u32 [%a0], 1;", SEE_ACQUIRED, True),
+        # a store that a strong load of the thread saw precedes what the thread does next
+        ("red.relaxed.gpu.global.add.u32 [%a0], 1;", SEE, True),
+        ("membar.gl; red.global.add.u32 [%a0], 1;", "ld.volatile.global.b32 %r2, [%a0];", True),
+        ("atom.acq_rel.gpu.global.add.u32 %r9, [%a0], 1;", SEE_ACQUIRED, True),
+        # nothing was seen: the count is taken for granted
+        ("red.release.gpu.global.add.u32 [%a0], 1;", "mov.b32 %r2, 3;", False),
+        ("red.relaxed.gpu.global.add.u32 [%a0], 1;", "mov.b32 %r2, 3;", False),
+        # a scope that leaves the others out
+        ("red.relaxed.cta.global.add.u32 [%a0], 1;", SEE, False),
+    ],
+)
+def test_weak_store_after_a_counter(post: str, wait: str, ordered: bool) -> None:
+    body = COUNT.replace("POST", post).replace("WAIT", wait).replace("FENCE", "")
+    for schedule in EVERY_SCHEDULE:
+        x = np.zeros(1, np.uint32)
+        report = findings(body, x, threads=1, grid=3, schedule=schedule)
+        # block 0's own addition sees the others' if it is the last
+        seen = ordered or (schedule.slow_block == 0 and "cta" not in post)
+        assert report.kinds() == (set() if seen else {"global-race"})
+        assert x[0] == 0 or not ordered
+
+
+def test_seeing_a_counter_says_nothing_of_what_came_before() -> None:
+    """Relaxed: the counter itself may be stored to, the data behind it may not be read."""
+    data = "mul.wide.u32 %w, %r1, 4; add.s64 %d1, %a1, %w; st.global.b32 [%d1], 7;"
+    body = COUNT.replace("WAIT", SEE)
+    body = body.replace("FENCE", "ld.global.b32 %r3, [%a1+4];")
+    for order, kinds in (("relaxed", {"global-race"}), ("release", {"global-race"})):
+        text = body.replace("POST", f"{data} red.{order}.gpu.global.add.u32 [%a0], 1;")
+        report = findings(text, np.zeros(1, np.uint32), np.zeros(3, np.uint32), threads=1, grid=3)
+        assert report.kinds() == kinds
+    text = text.replace("ld.relaxed", "ld.acquire")
+    findings(text, np.zeros(1, np.uint32), np.zeros(3, np.uint32), threads=1, grid=3).check()
+
+
+def test_the_counter_may_be_reset_by_another_thread_of_the_block() -> None:
+    """Thread 0 sees the count, a barrier later thread 40 resets it."""
+    body = """mov.u32 %r1, %ctaid.x; setp.eq.u32 %p3, %t, 0;
+        @%p3 red.relaxed.gpu.global.add.u32 [%a0], 1; setp.ne.u32 %p1, %r1, 0; @%p1 bra DONE;
+        @!%p3 bra MEET; READ: ld.relaxed.gpu.global.b32 %r2, [%a0]; setp.ne.u32 %p2, %r2, 3;
+        @%p2 bra READ; MEET: BARRIER setp.eq.u32 %p4, %t, 40; @%p4 st.global.b32 [%a0], 0; DONE:"""
+    for barrier, kinds in (("bar.sync 0;", set()), ("", {"global-race"})):
+        text = body.replace("BARRIER", barrier)
+        report = findings(
+            text, np.zeros(1, np.uint32), threads=64, grid=3, schedule=Schedule("reversed")
+        )
+        assert report.kinds() == kinds
+
+
 def test_block_scope_is_enough_within_a_block() -> None:
     """Warp 1 hands a word to warp 0 with scope .cta."""
     body = """setp.ge.u32 %p1, %t, 32; @%p1 bra SET; setp.ne.u32 %p3, %t, 0; @%p3 bra DONE;

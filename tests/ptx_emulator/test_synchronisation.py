@@ -247,6 +247,8 @@ def test_wait_for_reading_says_nothing_of_the_destination() -> None:
 
 RANK = "mov.u32 %r10, %cluster_ctarank; xor.b32 %r11, %r10, 1; mov.u32 %r12, smem;"
 SYNC = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
+RELAXED = SYNC.replace("arrive", "arrive.relaxed")
+ONE_WAITS = "WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p2, [smem], 0; @!%p2 bra WAIT;"
 
 
 def test_distributed_shared_memory() -> None:
@@ -268,16 +270,50 @@ def test_distributed_shared_memory() -> None:
         "uninitialised",
     }
     last = SYNC.join(body.split(SYNC)[:2]) + body.split(SYNC)[2]
-    report = findings(
-        last,
-        Uninitialised(out),
-        threads=1,
-        grid=2,
-        cluster=2,
-        shared=16,
-        schedule=Schedule("serial", slow_block=1),
-    )
-    assert report.kinds() == {"exited-block"}
+    for schedule in EVERY_SCHEDULE:
+        out[:] = 0
+        options = {"threads": 1, "grid": 2, "cluster": 2, "shared": 16, "schedule": schedule}
+        assert findings(last, Uninitialised(out), **options).kinds() == {"exited-block"}
+
+
+@pytest.mark.parametrize("exit", ["", RELAXED, SYNC, ONE_WAITS])
+@pytest.mark.parametrize(
+    "visit",
+    [
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r14];",
+        "st.shared::cluster.b32 [%r14+8], %r10;",
+    ],
+    ids=["arrive", "store"],
+)
+def test_a_block_outlives_its_visitors(visit: str, exit: str) -> None:
+    """Nobody reads what the peer did: only the barrier at the end keeps the block there."""
+    body = f"""{RANK} mbarrier.init.shared::cta.b64 [smem], 1;
+        fence.mbarrier_init.release.cluster; {SYNC}
+        mapa.shared::cluster.u32 %r14, %r12, %r11; {visit} {exit}"""
+    if exit == ONE_WAITS and "arrive" not in visit:
+        return
+    for schedule in EVERY_SCHEDULE:
+        report = findings(body, threads=1, grid=2, cluster=2, shared=16, schedule=schedule)
+        assert report.kinds() == (set() if exit else {"exited-block"})
+        assert exit or visit[:12] in report.findings[0].text
+
+
+def test_a_count_posted_twice() -> None:
+    """Three blocks post one each; one of them posts two: the consumer goes on too early."""
+    body = """mov.u32 %r1, %ctaid.x; mul.wide.u32 %w, %r1, 4; add.s64 %d1, %a1, %w;
+        setp.eq.u32 %p1, %r1, CONSUMER; @%p1 bra READ; st.global.b32 [%d1], 7;
+        setp.eq.u32 %p3, %r1, TWICE; selp.b32 %r9, 2, 1, %p3;
+        red.release.gpu.global.add.u32 [%a0], %r9; bra DONE;
+        READ: ld.acquire.gpu.global.b32 %r2, [%a0]; setp.lt.u32 %p2, %r2, 3; @%p2 bra READ;
+        ld.global.v4.b32 {%r3, %r4, %r5, %r6}, [%a1]; DONE:"""
+    for consumer, twice in ((0, 1), (0, 2), (3, 1), (3, 2), (1, 2), (0, 9), (3, 9)):
+        text = body.replace("CONSUMER", str(consumer)).replace("TWICE", str(twice))
+        kinds: set[str] = set()
+        for schedule in EVERY_SCHEDULE:
+            count, data = np.zeros(1, np.uint32), np.zeros(4, np.uint32)
+            report = findings(text, count, data, threads=1, grid=4, schedule=schedule)
+            kinds |= report.kinds()
+        assert kinds == ({"global-race"} if twice < 9 else set()), (consumer, twice)
 
 
 def test_special_registers() -> None:

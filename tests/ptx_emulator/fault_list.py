@@ -1,0 +1,48 @@
+"""All seeded faults of the test suite, read from the sources: the list in docs/gpu-without-gpu.md.
+
+`python -m tests.ptx_emulator.fault_list` prints it.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+LISTS = {
+    "TEXT": "named by a finding",
+    "FINDINGS": "named by a finding",
+    "FAULTS": "named by a finding or in the numbers",
+    "MUTANTS": "changed source, found or in the numbers",
+    "NUMBERS": "in the numbers",
+    "EQUIVALENT": "equivalent",
+}
+
+
+def lists() -> Iterator[tuple[str, str, list[str]]]:
+    """(file, list, names of its faults) of every list of `Fault`s and `Mutant`s."""
+    for path in sorted(TESTS.rglob("test_*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.List)):
+                continue
+            target, calls = ast.unparse(node.targets[0]), node.value.elts
+            names = [
+                str(ast.literal_eval(call.args[0]))
+                for call in calls
+                if isinstance(call, ast.Call) and ast.unparse(call.func) in ("Fault", "Mutant")
+            ]
+            if target in LISTS and names:
+                yield str(path.relative_to(TESTS.parent)), target, names
+
+
+def table() -> str:
+    """The list as Markdown."""
+    lines = ["| test file | how it shows | faults |", "|---|---|---|"]
+    for file, target, names in lists():
+        lines.append(f"| `{file}` | {LISTS[target]} ({len(names)}) | {', '.join(names)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")
