@@ -85,7 +85,7 @@ def test_setp(form: str, dtype: np.dtype, a: list, b: list, expected: list) -> N
 
 
 @pytest.mark.parametrize(
-    ("form", "dtype"), [("b16", U16), ("u16", U16), ("u64", U64), ("f32", F32)]
+    ("form", "dtype"), [("b16", U16), ("u16", U16), ("b64", U64), ("u64", U64), ("f32", F32)]
 )
 def test_selp(form: str, dtype: np.dtype) -> None:
     text = f"setp.lt.u32 %p1, %t, 1; selp.{form} $0, $1, $2, %p1;"
