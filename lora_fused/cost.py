@@ -38,6 +38,7 @@ from lora_fused.roofline import (
 from lora_fused.schedule import s_first_makespan, waves
 
 _FLAG_US = 0.3
+_HOPPER_S_TILE, _S_TILE = 64, 128  # ranks of an S tile
 _REGENERATED_MASK_BYTES = 140  # moved per element by torch's operations that make a mask again
 _DRAWN_MASK_BYTES = 6  # moved per element: a mask of bytes drawn or read, x read, x written
 
@@ -74,6 +75,11 @@ def operation_us(problem: Problem, operation: str, backend: str, candidate: Cand
         return reduce_us(rates, problem, candidate)
     if operation == "shrink":
         return shrink_us(rates, work_of(problem, "forward"), candidate)
+    if operation == "dx" and len(problem.group) > 1 and _adds_up(backend, candidate):
+        members = (replace(problem, N=N, R=R, group=()) for N, R in problem.group)
+        alone = sum(operation_us(member, "dx", backend, candidate) for member in members)
+        read_again = (len(problem.group) - 1) * work_of(problem, "dx").y_bytes
+        return alone + read_again / rates.dram
     work = work_of(problem, operation)
     models = {"split": _split_us, "s_first": _s_first_us, "one_pass": _one_pass_us}
     if candidate.strategy == "decode":
@@ -81,6 +87,12 @@ def operation_us(problem: Problem, operation: str, backend: str, candidate: Cand
     slower = 1 / speed_of(backend, problem.device.capability)
     time = models[candidate.strategy](rates, work, candidate) - LAUNCH_US
     return LAUNCH_US + slower * time
+
+
+def _adds_up(backend: str, candidate: Candidate) -> bool:
+    """The mma.sync kernel makes the dx of a group by a launch for each member, which adds to dx."""
+    fused = candidate.strategy in ("s_first", "split")
+    return backend == "cuda" and fused and not candidate.tiles.descriptors
 
 
 def library_us(problem: Problem, operation: str) -> float:
@@ -185,11 +197,13 @@ def _s_first_us(rates: Rates, work: Work, candidate: Candidate) -> float:
     """The S tiles first in the list of one persistent launch; x is in the cache after them."""
     tiles = candidate.tiles
     count, slots, sharing = tile_counts(rates, work, candidate)
-    shrink = tiles.block_m * work.K * rates.itemsize / rates.sm_load
+    ranks = _HOPPER_S_TILE if tiles.descriptors else _S_TILE
+    rows = tiles.block_m + min(work.R, ranks)
+    shrink = rows * work.K * rates.itemsize / rates.sm_load
     if work.masked and work.forward:
         shrink = max(shrink, mask_us(rates, tiles.block_m * work.K))
     rounds = s_first_makespan(
-        waves(work.M, tiles.block_m),
+        waves(work.M, tiles.block_m) * waves(work.R, ranks),
         shrink * sharing,
         tiles.shrink_group,
         count,

@@ -147,13 +147,14 @@ sm90::Layer layer(const LayerTuple& t, bool dx) {
           std::get<13>(t)};
 }
 
+// tile: block_n, blocks of a cluster, blocks of 64 columns of an S tile, S tiles of a ticket.
 void matmul_sm90(const WhereTuple& where, int math, bool dx, i64 M, const std::vector<LayerTuple>& layers,
-                 int block_n, int cluster, int shrink_blocks, const WorkspaceTuple& space) {
+                 const std::tuple<int, int, int, int>& tile, const WorkspaceTuple& space) {
   sm90::MatmulLaunch p{};
   p.M = M, p.dx = dx, p.members = static_cast<int>(layers.size());
   for (std::size_t i = 0; i < layers.size() && i < sm90::kMaxMembers; ++i) p.layer[i] = layer(layers[i], dx);
   p.words = workspace(space).tickets, p.error = workspace(space).error;
-  p.block_n = block_n, p.cluster = cluster, p.shrink_blocks = shrink_blocks;
+  std::tie(p.block_n, p.cluster, p.shrink_blocks, p.shrink_group) = tile;
   launch_at(where, sm90::launch_matmul, math_of(math), p);
 }
 #endif
@@ -184,16 +185,16 @@ sm80::Layer sm80_layer(const Sm80LayerTuple& t) {
           std::get<9>(t)};
 }
 
-// tile: block_m, block_n, block_k. flags: s is given, the mask is over y, y is added to.
+// tile: block_m, block_n, block_k, S tiles of a ticket. flags: s is given, the mask is over y, y is added to.
 void matmul_sm80(const WhereTuple& where, int math, i64 M, i64 depth, const MatrixTuple& x,
                  const OutputTuple& s, const std::vector<Sm80LayerTuple>& layers,
-                 const std::tuple<int, int, int>& tile, const std::tuple<bool, bool, bool>& flags,
+                 const std::tuple<int, int, int, int>& tile, const std::tuple<bool, bool, bool>& flags,
                  const WorkspaceTuple& space) {
   sm80::MatmulLaunch p;
   p.M = M, p.depth = depth, p.x = matrix(x), p.s = output(s);
   p.layers = static_cast<int>(layers.size());
   for (std::size_t i = 0; i < layers.size() && i < sm80::kMaxMembers; ++i) p.layer[i] = sm80_layer(layers[i]);
-  std::tie(p.block_m, p.block_n, p.block_k) = tile;
+  std::tie(p.block_m, p.block_n, p.block_k, p.shrink_group) = tile;
   std::tie(p.s_given, p.mask_output, p.accumulate) = flags;
   p.words = workspace(space).tickets, p.error = workspace(space).error;
   launch_at(where, sm80::launch_matmul, math_of(math), p);

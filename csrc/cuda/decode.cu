@@ -22,7 +22,8 @@ const Kernel kKernels[kMaths] = {LORA_FUSED_DECODE_KERNELS(LORA_FUSED_ENTRY)};
 i64 tiles_of(const DecodeLaunch& p) { return tiles(p.N, decode_kernel::kBlockN); }
 i64 items_of(const DecodeLaunch& p) { return tiles(p.R, decode_kernel::kRankChunk) * p.s_splits; }
 
-void check_decode(const DecodeLaunch& p) {
+void check_decode(Math math, const DecodeLaunch& p) {
+  check_dtype("dtype of y", p.y, math), check_dtype("dtype of s", p.s, math);
   if (p.M > decode_kernel::kTokens) refuse("M", p.M, "at most 16 for decode");
   if (p.R > decode_kernel::kMaxRank) refuse("R", p.R, "at most 512 for decode");
   if (p.splits < 1) refuse("splits", p.splits, "at least 1");
@@ -39,7 +40,7 @@ WorkspaceSize workspace_of(Math, const DecodeLaunch& p) {
 
 void launch_decode(Math math, const DecodeLaunch& p, cudaStream_t stream, bool dependent) {
   if (p.M == 0 || p.N == 0) return;
-  check_decode(p);
+  check_decode(math, p);
   const std::size_t shared = decode_kernel::kTokens * sizeof(float) * decode_kernel::s_stride(p.R);
   launch(kKernels[static_cast<int>(math)], dim3(grid_size(tiles_of(p) * p.splits)),
          dim3(decode_kernel::kThreads), 1, shared, stream, p, dependent);

@@ -91,6 +91,19 @@ LORA_FUSED_DEVICE int column_of(int i) { return i / 128 * 8 + (i % 128 / 4 & 3) 
 
 // ---- the phases -------------------------------------------------------------------------------------
 
+// A block's row tile of w and part of K. NOTE: worked out again where it is needed: kept from the start it
+// costs registers that the products of IEEE fp32 need.
+struct Share {
+  i64 tile;
+  int part;
+
+  explicit LORA_FUSED_DEVICE Share(const DecodeLaunch& p) {
+    const u32 block = ptx::opaque(blockIdx.x), splits = p.splits;
+    tile = block / splits, part = static_cast<int>(block % splits);
+  }
+  LORA_FUSED_DEVICE i64 first_row() const { return tile * kBlockN; }
+};
+
 // The next piece of s for this block; `items` or more: none is left.
 LORA_FUSED_DEVICE int take_item(const DecodeLaunch& p) {
   __shared__ u32 taken;
@@ -126,12 +139,14 @@ LORA_FUSED_DEVICE void shrink_item(const DecodeLaunch& p, float* shared, int ite
 
 // x w^T of this block's rows and part of K: the thread's element of the tile, in fragment order.
 template <typename T>
-LORA_FUSED_DEVICE float stream_weights(const DecodeLaunch& p, float* shared, i64 n0, int part) {
+LORA_FUSED_DEVICE float stream_weights(const DecodeLaunch& p, float* shared) {
+  const Share share(p);
+  const i64 n0 = share.first_row();
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane >> 2;
-  const i64 steps = (p.K + kStepK<T> - 1) / kStepK<T>, end = steps * (part + 1) / p.splits;
+  const i64 steps = (p.K + kStepK<T> - 1) / kStepK<T>, end = steps * (share.part + 1) / p.splits;
   const Rows<T> x(p.x, p.M, p.K), w(p.w, p.N, p.K);
   float c[2][4] = {};
-  for (i64 first = steps * part / p.splits + warp; first < end; first += kWarps * kLoads) {
+  for (i64 first = steps * share.part / p.splits + warp; first < end; first += kWarps * kLoads) {
     uint4 w0[kLoads], w1[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -154,14 +169,14 @@ LORA_FUSED_DEVICE float stream_weights(const DecodeLaunch& p, float* shared, i64
 }
 
 // The last block of a row tile: its element summed over the parts of K, in their order.
-LORA_FUSED_DEVICE bool sum_parts(const DecodeLaunch& p, float& value, int items, i64 tile, int part) {
-  float* parts =
-      p.workspace.partials + static_cast<i64>(items) * kTokens * kRankChunk + tile * p.splits * kTileFloats;
-  parts[part * kTileFloats + threadIdx.x] = value;
+LORA_FUSED_DEVICE bool sum_parts(const DecodeLaunch& p, float& value, int items, const Share& share) {
+  float* parts = p.workspace.partials + static_cast<i64>(items) * kTokens * kRankChunk +
+                 share.tile * p.splits * kTileFloats;
+  parts[share.part * kTileFloats + threadIdx.x] = value;
   __shared__ u32 arrived;
   __syncthreads();
   if (threadIdx.x == 0)
-    arrived = ptx::atom_inc_acq_rel(p.workspace.tickets + kFirstTicket + tile, p.splits - 1);
+    arrived = ptx::atom_inc_acq_rel(p.workspace.tickets + kFirstTicket + share.tile, p.splits - 1);
   __syncthreads();
   if (arrived != static_cast<u32>(p.splits - 1)) return false;
   value = 0;
@@ -231,25 +246,24 @@ LORA_FUSED_DEVICE void run(const DecodeLaunch& p) {
   extern __shared__ __align__(16) float s[];  // [kTokens][s_stride]
   static_assert(kThreads == kTileFloats, "one thread finishes one element of the tile");
   ptx::griddepcontrol_wait();
-  const i64 tile = blockIdx.x / p.splits, n0 = tile * kBlockN;
-  const int part = static_cast<int>(blockIdx.x % p.splits);
   const int items = static_cast<int>((p.R + kRankChunk - 1) / kRankChunk) * p.s_splits;
 
   if (static_cast<int>(blockIdx.x) < items)
     if (const int item = take_item(p); item < items) shrink_item<T>(p, accumulators, item);
   __syncthreads();
-  float value = stream_weights<T>(p, accumulators, n0, part);
-  if (p.splits > 1 && !sum_parts(p, value, items, tile, part)) return;
+  float value = stream_weights<T>(p, accumulators);
+  const Share share(p);
+  if (p.splits > 1 && !sum_parts(p, value, items, share)) return;
 
   if (items > 0) {
     finish_s<T>(p, accumulators, items);
-    gather_s<T>(p, s, tile == 0);
+    gather_s<T>(p, s, share.tile == 0);
     __syncthreads();
   }
 
   // Add the rank-R part and the bias, round once
   const int token = token_of(threadIdx.x);
-  const i64 n = n0 + column_of(threadIdx.x);
+  const i64 n = share.first_row() + column_of(threadIdx.x);
   if (token >= p.M || n >= p.N) return;
   using N = Numeric<Storage<T>>;
   const Storage<T>* b = static_cast<const Storage<T>*>(p.b.data) + n * p.b.row_stride;

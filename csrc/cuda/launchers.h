@@ -31,6 +31,15 @@ inline int rank_tile(Math math, i64 R) {
   return R <= 16 ? 16 : R <= 64 || fp32 ? 64 : 128;
 }
 
+// Of an output that a kernel writes in the dtype of its operands.
+inline void check_dtype(const char* what, const Output& output, Math math) {
+  const bool bf16 = math == Math::bf16, f16 = math == Math::f16;
+  const DType wanted = bf16 ? DType::bf16 : f16 ? DType::f16 : DType::f32;
+  if (output.dtype != wanted)
+    refuse(what, static_cast<i64>(output.dtype),
+           std::to_string(static_cast<int>(wanted)) + ", the operands'");
+}
+
 inline i64 tiles(i64 size, i64 tile) { return (size + tile - 1) / tile; }
 
 }  // namespace lora_fused::cuda

@@ -9,6 +9,7 @@ read by elements, slowly.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,6 +35,9 @@ from lora_fused.devices import Device
 MAX_MEMBERS = 3
 _MAX_CHUNKS = 24  # pieces of the ranks of all members, of the S tiles of one row of tiles
 
+_STRATEGIES = {"s_first": (1, 2, 3, 4), "split": (1,)}
+"""How many S tiles a ticket may hand out; without S tiles there is nothing to hand out together."""
+
 _STATIC_SHARED = 256  # what is known of three tiles, and a flag
 _SHARED_LIMITS = {
     80: 163 << 10,
@@ -57,6 +61,7 @@ class _Tile(NamedTuple):
 
 _TILES_16BIT = (
     _Tile(128, 256, 32, 8, 4, 255),
+    _Tile(128, 128, 64, 8, 3, 192),
     _Tile(128, 128, 32, 4, 3, 255),
     _Tile(64, 128, 32, 4, 4, 255),
     _Tile(32, 64, 64, 4, 4, 168),
@@ -68,10 +73,11 @@ _TILES = {
 }
 
 
-def _tiles(tile: _Tile) -> Tiles:
+def _tiles(tile: _Tile, shrink_group: int = 1) -> Tiles:
     return Tiles(
         block_m=tile.block_m, block_n=tile.block_n, block_k=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages, persistent=True,
+        shrink_group=shrink_group,
     )  # fmt: skip
 
 
@@ -83,11 +89,11 @@ def shared_bytes(tiles: Tiles, itemsize: int) -> int:
 
 def _shipped() -> list[tuple[str, str, Tiles, int]]:
     found = [
-        (operation, strategy, _tiles(tile), target)
+        (operation, strategy, _tiles(tile, group), target)
         for operation in ("forward", "dx")
-        for strategy in ("s_first", "split")
+        for strategy, groups in _STRATEGIES.items()
         for dtype, tiles in _TILES.items()
-        for tile in tiles
+        for tile, group in itertools.product(tiles, groups)
         for target, limit in _SHARED_LIMITS.items()
         if shared_bytes(_tiles(tile), dtype.itemsize) <= limit
     ]
@@ -130,9 +136,9 @@ def candidates(problem: Problem, device: Device, operation: str) -> list[Candida
     if problem.R == 0 or reasons_against(problem):
         return []
     found = []
-    for strategy in ("s_first", "split"):
-        for tile in _TILES[problem.dtype]:
-            chosen = _tiles(tile)
+    for strategy, groups in _STRATEGIES.items():
+        for tile, group in itertools.product(_TILES[problem.dtype], groups):
+            chosen = _tiles(tile, group)
             if strategy == "s_first" and _chunks(problem, operation, tile) > _MAX_CHUNKS:
                 continue
             shared = shared_bytes(chosen, problem.dtype.itemsize)
@@ -182,7 +188,8 @@ def _launch(chosen: Tiles, layers: Sequence[Layer], dx: bool, accumulate: bool) 
     s_given = first.shrink is None  # split: dependent on the launch that makes s, just before
     native().matmul_sm80(
         (place.number, place.stream, s_given), math_of(x.dtype), *x.shape, matrix(x),
-        output(matrix(s), s.dtype), entries, (chosen.block_m, chosen.block_n, chosen.block_k),
+        output(matrix(s), s.dtype), entries,
+        (chosen.block_m, chosen.block_n, chosen.block_k, chosen.shrink_group),
         (s_given, dx, accumulate), pointers,
     )  # fmt: skip
     del owners, words

@@ -35,6 +35,7 @@ _ROW = 8
 _BLOCK_M, _BLOCK_K = 128, 64
 _STAGES = {256: 4, 128: 6}
 _REGISTERS = 168
+_SHRINK_GROUPS = (1, 2, 3, 4)
 _NARROW = {256: 128, 128: 64}
 """Up to so many ranks S tiles of 64 columns are faster than one of block_n: less to multiply."""
 
@@ -53,11 +54,11 @@ class Layer(NamedTuple):
     mask: Mask | None = None
 
 
-def tiles(block_n: int) -> Tiles:
+def tiles(block_n: int, shrink_group: int = 1) -> Tiles:
     """The tiles of csrc/cuda/sm90/tile.cuh."""
     return Tiles(
         block_m=_BLOCK_M, block_n=block_n, block_k=_BLOCK_K, num_warps=12,
-        num_stages=_STAGES[block_n], descriptors=True, persistent=True,
+        num_stages=_STAGES[block_n], descriptors=True, persistent=True, shrink_group=shrink_group,
     )  # fmt: skip
 
 
@@ -67,11 +68,14 @@ def shared_bytes(block_n: int) -> int:
     return 1024 + stages * (_BLOCK_M + block_n) * 2 * _BLOCK_K + 8 * 2 * 2048 + stages * 32
 
 
+def _choices() -> list[tuple[str, Tiles]]:
+    """Strategies and their tiles; without S tiles there is nothing to hand out together."""
+    s_first = [("s_first", tiles(n, group)) for n in _STAGES for group in _SHRINK_GROUPS]
+    return s_first + [("split", tiles(n)) for n in _STAGES]
+
+
 SHIPPED = [
-    (operation, strategy, tiles(block_n), CAPABILITY)
-    for operation in ("forward", "dx")
-    for strategy in ("s_first", "split")
-    for block_n in _STAGES
+    (operation, *choice, CAPABILITY) for operation in ("forward", "dx") for choice in _choices()
 ]
 """Every (operation, strategy, tiles, target) that can be chosen."""
 
@@ -103,11 +107,10 @@ def candidates(problem: Problem, device: Device, operation: str) -> list[Candida
         return []
     if problem.R == 0 or reasons_against(problem):
         return []
-    strategies = ("s_first",) if problem.group else ("s_first", "split")
     return [
-        Candidate(strategy, tiles(block_n), shared_bytes(block_n), _REGISTERS)
-        for strategy in strategies
-        for block_n in _STAGES
+        Candidate(strategy, chosen, shared_bytes(chosen.block_n), _REGISTERS)
+        for strategy, chosen in _choices()
+        if strategy == "s_first" or not problem.group
     ]
 
 
@@ -127,7 +130,8 @@ def run(chosen: Tiles, direction: str, layers: Sequence[Layer]) -> None:
     s_given = layers[0].shrink is None  # split: dependent on the launch that makes s, just before
     native().matmul_sm90(
         (place.number, place.stream, s_given), math_of(x.dtype), dx, M, [e.words for e in entries],
-        chosen.block_n, cluster, chosen.block_n // 64 if wide else 1, pointers,
+        (chosen.block_n, cluster, chosen.block_n // 64 if wide else 1, chosen.shrink_group),
+        pointers,
     )  # fmt: skip
     del owners, entries
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from .compile import compiler_log, resources, sass
+
+EVERY_TARGET = [
+    "sm_80",
+    "sm_90a",
+    *(pytest.param(f"sm_{n}", marks=pytest.mark.full) for n in (86, 89, 100, 120)),
+]
 
 
 def assert_budget(source: str, arch: str, registers: int, tensor: str) -> None:

@@ -1,14 +1,18 @@
-"""Seeded faults: one instruction of a compiled kernel is changed, and something must notice."""
+"""Seeded faults: a compiled kernel or its source is changed, and something must notice."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from tests.ptx_emulator import EVERY_SCHEDULE, TOGETHER
+
+from .compile import ROOT, ptx
 
 
 class Fault(NamedTuple):
@@ -21,6 +25,19 @@ class Fault(NamedTuple):
     nth: int
     new: str
     kinds: set[str]
+
+
+def changed_source(folder: Path, file: str, old: str, new: str, kernel: str, arch: str) -> str:
+    """The PTX of `kernel`, source text beside `file`, with `old` in that file (below csrc/cuda)
+    replaced by `new`."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("cpu"))
+    changed = folder / "csrc/cuda" / file
+    text = changed.read_text()
+    assert old in text, old
+    changed.write_text(text.replace(old, new))
+    source = changed.parent / "mutant.cu"
+    source.write_text(kernel)
+    return ptx(source, arch)
 
 
 def edited(fault: Fault) -> Callable[[str, str], str]:

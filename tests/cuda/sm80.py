@@ -61,6 +61,15 @@ class Variant:
     def chunk_ranks(self) -> int:
         return min(self.block_n, 128)
 
+    @property
+    def instantiation(self) -> str:
+        """A source file with this kernel alone, for csrc/cuda/sm80."""
+        numbers = (self.block_m, self.block_n, self.block_k, self.warps_m, self.warps_n)
+        listed = ", ".join(map(str, (*numbers, self.stages, self.resident)))
+        element = {"f16": "fp16", "tf32": "float"}.get(self.math, self.math)
+        macro = f"LORA_FUSED_SM80_KERNEL({self.math}, {element}, {listed}, {self.layout})"
+        return f'#include "instantiate.cuh"\n{macro}\n'
+
     def __str__(self) -> str:
         return self.name.removeprefix("lora_matmul_sm80_")
 
@@ -140,6 +149,7 @@ class Problem:
     threshold: int = 0
     mask_output: bool = False
     group_m: int = 8
+    shrink_group: int = 1  # S tiles of a ticket
     workspace: Tensor | None = None
     seed_on_device: bool = False
     error: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))
@@ -208,6 +218,7 @@ def arguments(problem: Problem, shipped: Variant) -> tuple[Struct, Tensor, int]:
         np.uint32(problem.threshold),
         int(problem.mask_output),
         0,  # accumulate
+        problem.shrink_group,
     )
     return struct, s, tiles_m * (chunks + tiles_end)
 

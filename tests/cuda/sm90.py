@@ -62,8 +62,9 @@ class Case:
     """`sizes`: (columns of y, depth of the contraction, R) of each member; a plain layer has one.
 
     Members of a forward group share depth and x, those of a dx group columns and y. split: s is
-    given. wide: S tiles of block_n columns. separate: an S tile for each member of a forward group,
-    as dropout needs. p: dropout. clusters: of `cluster` blocks; `resident` blocks at a time."""
+    given. blocks: S tiles of 64 times as many columns. separate: an S tile for each member of a
+    forward group, as dropout needs. p: dropout. clusters: of `cluster` blocks; `resident` blocks at
+    a time. group: S tiles of a ticket."""
 
     M: int
     sizes: tuple[tuple[int, int, int], ...]
@@ -71,13 +72,14 @@ class Case:
     dtype: str = "bf16"
     block_n: int = 256
     split: bool = False
-    wide: bool = False
+    blocks: int = 1
     separate: bool = False
     bias: bool = False
     p: float = 0.0
     cluster: int = 2
     clusters: int = 2
     resident: int = 64
+    group: int = 1
 
     @property
     def kernel(self) -> str:
@@ -104,8 +106,10 @@ class Case:
 
     def __str__(self) -> str:
         sizes = "+".join("x".join(map(str, size)) for size in self.sizes)
-        words = [w for w in ("split", "wide", "separate", "bias") if getattr(self, w)]
+        words = [w for w in ("split", "separate", "bias") if getattr(self, w)]
+        words += [f"s{64 * self.blocks}"] * (self.blocks > 1)
         words += [f"c{self.cluster}x{self.clusters}"] + [f"r{self.resident}"] * (self.resident < 64)
+        words += [f"g{self.group}"] * (self.group > 1)
         return "-".join([self.kernel[17:], f"M{self.M}", sizes, *words])
 
 

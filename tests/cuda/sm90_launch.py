@@ -150,7 +150,6 @@ class Launch:
 
     def arguments(self) -> Struct:
         case = self.case
-        blocks = case.block_n // 64 if case.wide else 1
         most = self.total if self.joint else max(r for *_, r in case.sizes)
         jobs = 0 if case.split else 1 if self.joint else len(case.sizes)
         row_tiles = -(-case.M // (128 * case.cluster))
@@ -163,10 +162,11 @@ class Launch:
             case.M,
             len(case.sizes),
             jobs,
-            -(-most // (64 * blocks)),
-            blocks,
+            -(-most // (64 * case.blocks)),
+            case.blocks,
             row_tiles,
             column_tiles,
+            case.group,
         )
         return Struct(
             *self.maps(),

@@ -10,7 +10,7 @@ from lora_fused.backends.cuda_candidates import decode_parts
 from tests.ptx_emulator import EVERY_SCHEDULE, TOGETHER, Schedule
 from tests.ptx_emulator.testing import on_schedules
 
-from .budgets import assert_budget
+from .budgets import EVERY_TARGET, assert_budget
 from .emulated import EmulatedGpu
 from .faults import Fault, assert_caught
 from .problems import DTYPES, IDS, assert_close_to_ref, data, route, strided
@@ -117,7 +117,7 @@ def test_weights_are_read_once_and_stores_have_no_conflicts(dtype: torch.dtype) 
     assert counters.global_bytes["load"] <= 1.02 * planned
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("arch", EVERY_TARGET)
 def test_budget(arch: str) -> None:
     assert_budget(SOURCE, arch, registers=128, tensor="HMMA")
 

@@ -9,7 +9,7 @@ from lora_fused.backends import cuda
 from tests.ptx_emulator import EVERY_SCHEDULE, TOGETHER, Schedule
 from tests.ptx_emulator.testing import on_schedules
 
-from .budgets import assert_budget
+from .budgets import EVERY_TARGET, assert_budget
 from .emulated import EmulatedGpu
 from .faults import Fault, assert_caught
 from .problems import DTYPES, IDS, assert_product, data, dropped, mask_of, route, strided
@@ -135,7 +135,7 @@ def test_no_bank_conflicts_and_no_byte_twice(dtype: torch.dtype) -> None:
     assert counters.global_bytes["load"] <= 1.02 * planned
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("arch", EVERY_TARGET)
 def test_budget(arch: str) -> None:
     assert_budget(SOURCE, arch, registers=256, tensor="HMMA")
 

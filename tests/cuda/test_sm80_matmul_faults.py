@@ -7,7 +7,6 @@ faults stay inside every rule of the machine and show in the result only.
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from lora_fused.testing import Case, make_case
 from tests.ptx_emulator import TOGETHER, Report, Schedule
 
 from . import sm80
-from .compile import ROOT, ptx
+from .faults import changed_source
 from .sm80 import problem_of, variant
 
 LATE = Schedule("together", "late")
@@ -229,21 +228,8 @@ MUTANTS = [
 
 def mutated(mutant: Mutant, folder: Path) -> str:
     """The PTX of the kernel from changed sources."""
-    shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("cpu"))
-    file = folder / "csrc/cuda/sm80" / mutant.file
-    text = file.read_text()
-    assert mutant.old in text
-    file.write_text(text.replace(mutant.old, mutant.new))
-    v = KERNEL[mutant.direction]
-    numbers = ", ".join(
-        str(n)
-        for n in (v.block_m, v.block_n, v.block_k, v.warps_m, v.warps_n, v.stages, v.resident)
-    )
-    source = file.parent / "mutant.cu"
-    source.write_text(
-        f'#include "instantiate.cuh"\nLORA_FUSED_SM80_KERNEL(bf16, bf16, {numbers}, {v.layout})\n'
-    )
-    return ptx(source, "sm_80")
+    source = KERNEL[mutant.direction].instantiation
+    return changed_source(folder, f"sm80/{mutant.file}", mutant.old, mutant.new, source, "sm_80")
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

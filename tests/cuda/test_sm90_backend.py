@@ -158,6 +158,8 @@ def test_refusals_are_sentences() -> None:
                 cuda_sm90.run(tiles, "forward", [layer])
             finally:
                 del cuda_sm90._NARROW[64]
+        with pytest.raises(ValueError, match="shrink_group: got 17, expected 1 to 16"):
+            cuda_sm90.run(cuda_sm90.tiles(128, 17), "forward", [layer])
 
 
 def test_candidates_name_their_limits() -> None:

@@ -25,9 +25,9 @@ CASES = [
     Case(130, ((136, 72, 40),), block_n=128, cluster=1, direction="dx", dtype="f16", clusters=3),
     Case(72, ((136, 72, 24),), block_n=128, direction="dx", p=0.1, clusters=1),
     # ranks of several stages and of several S tiles
-    Case(72, ((72, 136, 200),), wide=True),
+    Case(72, ((72, 136, 200),), blocks=4),
     Case(72, ((72, 136, 100),), p=0.2, dtype="f16"),
-    Case(72, ((72, 72, 136),), direction="dx", wide=True, block_n=128),
+    Case(72, ((72, 72, 136),), direction="dx", blocks=2, block_n=128),
     Case(72, ((72, 72, 100),), direction="dx", p=0.5),
     # groups
     Case(72, ((264, 72, 8), (40, 72, 3), (64, 72, 16)), bias=True),
@@ -109,8 +109,9 @@ def test_sweep(rank: int, block_n: int) -> None:
     for i, (direction, p, split) in enumerate(choices, RANKS.index(rank)):
         M, columns, depth = SHAPES[i % len(SHAPES)]
         wide = rank > 128 and not split and not (p and direction == "forward")
+        blocks = block_n // 64 if wide else 1
         case = Case(
-            M, ((columns, depth, rank),), direction, ("bf16", "f16")[i % 2], block_n, split, wide,
+            M, ((columns, depth, rank),), direction, ("bf16", "f16")[i % 2], block_n, split, blocks,
             p=p, bias=direction == "forward", cluster=1 + (M > 128),
         )  # fmt: skip
         case.run().check()

@@ -15,8 +15,9 @@
 
 namespace lora_fused::sm80 {
 
-constexpr int kMaxMembers = 3;  // projections of one input in a launch: q/k/v, gate/up
-constexpr int kMaxChunks = 24;  // pieces of the stacked rank that S tiles compute
+constexpr int kMaxMembers = 3;       // projections of one input in a launch: q/k/v, gate/up
+constexpr int kMaxChunks = 24;       // pieces of the stacked rank that S tiles compute
+constexpr int kMaxShrinkGroup = 16;  // S tiles of a ticket
 
 // Words of the workspace; behind them a flag for every row of tiles.
 constexpr int kTicket = 0, kLeft = 1, kFlags = 2;
@@ -43,6 +44,7 @@ struct MatmulLaunch {
   bool mask_output = false;
   bool accumulate = false;  // y += instead of y =; the sum is rounded once more
   int block_m = 0, block_n = 0, block_k = 0;
+  int shrink_group = 1;  // S tiles of a ticket
   u32* words = nullptr;  // words_of(launch), zero before the first launch and after each
   u32* error = nullptr;
 };
@@ -75,6 +77,7 @@ struct MatmulArgs {
   int shrink_by_elements;
   u32 threshold;  // of all masks; 0: none
   int mask_output, accumulate;
+  int shrink_group;
 };
 
 inline std::string describe(const MatmulArgs& args) {

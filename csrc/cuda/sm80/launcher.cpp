@@ -81,7 +81,8 @@ Layout layout_of(const MatmulLaunch& p, int size) {
   return Layout::any;
 }
 
-void check(const MatmulLaunch& p, int size) {
+void check(Math math, const MatmulLaunch& p) {
+  const int size = size_of(math);
   const auto in_range = [](const char* what, i64 value, i64 least, i64 most) {
     if (value < least || value > most)
       refuse(what, value, std::to_string(least) + " to " + std::to_string(most));
@@ -91,11 +92,14 @@ void check(const MatmulLaunch& p, int size) {
       in_range("layers", p.layers, 1, kMaxMembers);
   for (int i = 0; i < p.layers; ++i) {
     const Layer& layer = p.layer[i];
+    cuda::check_dtype("dtype of y", layer.y, math);
     in_range("columns", layer.columns, 1, kMost), in_range("R", layer.rank, 0, 512);
     if (layer.rank_begin % 8) refuse("rank_begin", layer.rank_begin, "a multiple of 8");
     if (layer.mask.threshold != p.layer[0].mask.threshold)
       refuse("threshold", layer.mask.threshold, "the same in all layers");
   }
+  in_range("shrink_group", p.shrink_group, 1, kMaxShrinkGroup);
+  cuda::check_dtype("dtype of s", p.s, math);
   if (!chunked(p.s.data, p.s.col_stride, p.s.row_stride, size))
     refuse("s row stride", p.s.row_stride, "rows that begin at multiples of 16 bytes");
 }
@@ -136,6 +140,7 @@ MatmulArgs arguments(const Variant& v, const MatmulLaunch& p) {
   args.tiles_m = static_cast<int>(tiles(p.M, v.block_m)), args.group_m = 8;
   args.threshold = p.layer[0].mask.threshold, args.mask_output = p.mask_output;
   args.accumulate = p.accumulate;
+  args.shrink_group = p.shrink_group;
   args.shrink_by_elements = p.layers > 1 && v.layout == Layout::mn_major;
   i64 columns = 0;
   for (int i = 0; i < p.layers; ++i) {
@@ -155,7 +160,7 @@ MatmulArgs arguments(const Variant& v, const MatmulLaunch& p) {
 i64 words_of(i64 M, int block_m) { return kFlags + tiles(M, std::min(block_m, 64)); }
 
 void launch_matmul(Math math, const MatmulLaunch& p, cudaStream_t stream, bool dependent) {
-  check(p, size_of(math));
+  check(math, p);
   if (p.M == 0) return;
   const Variant& v = variant_of(math, p, layout_of(p, size_of(math)));
   const MatmulArgs args = arguments(v, p);

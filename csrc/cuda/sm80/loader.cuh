@@ -18,22 +18,37 @@ struct Work {
   // Its k blocks: main_blocks of (x, w) or (x, shrink), and from tail_begin on tail_blocks of (s, expand).
   // Where y is masked, the rank comes first: the accumulators hold s expandᵀ alone then and can be masked.
   int main_blocks, tail_blocks, tail_begin;
+  int place, place_end;  // in the list of tiles: this one's, and where its ticket ends
   static constexpr int kShrink = -1, kNone = -2;
 };
 
 LORA_FUSED_DEVICE int blocks_of(int length, int block) { return (length + block - 1) / block; }
 
-// S tiles have the first tickets, so that a block waits only for work that has been started.
+// The next place in the list of tiles: the next of the last ticket's, or the first of a new one's. S tiles
+// have the first tickets, so that a block waits only for work that has been started, and shrink_group of them
+// each: an S tile is a part of a tile of y, and a few on one block delay the last round less than one on each
+// of many.
+LORA_FUSED_DEVICE void take_place(const MatmulArgs& args, const Work& last, Work& work) {
+  work.place = last.place + 1, work.place_end = last.place_end;
+  if (work.place < work.place_end) return;
+  const int group = args.shrink_group, shrink_tiles = args.tiles_m * args.chunks;
+  const int ticket = ptx::atom_add_acq_rel(args.words + kTicket, 1);
+  const int later = ticket - blocks_of(shrink_tiles, group);  // tickets of tiles of y before this one
+  work.place = later < 0 ? ticket * group : shrink_tiles + later;
+  work.place_end = later < 0 ? min(work.place + group, shrink_tiles) : work.place + 1;
+}
+
+// What is to be done at work.place.
 template <class Tile>
-LORA_FUSED_DEVICE void decode_ticket(const MatmulArgs& args, int ticket, Work& work) {
+LORA_FUSED_DEVICE void find_work(const MatmulArgs& args, Work& work) {
   const int shrink_tiles = args.tiles_m * args.chunks, tiles_n = args.member[args.members - 1].tiles_end;
-  const int tile = ticket - shrink_tiles;
+  const int tile = work.place - shrink_tiles;
   work.member = tile < 0 ? Work::kShrink : tile < args.tiles_m * tiles_n ? 0 : Work::kNone;
   work.main_blocks = blocks_of(args.D, Tile::BLOCK_K);
   work.rank = work.tail_blocks = work.tile_m = work.col0 = work.cols = 0;
   if (tile < 0) {
-    const int chunk = ticket % args.chunks;
-    work.tile_m = ticket / args.chunks;
+    const int chunk = work.place % args.chunks;
+    work.tile_m = work.place / args.chunks;
     work.col0 = args.chunk_begin[chunk];
     work.cols = args.chunk_begin[chunk + 1] - work.col0;
   } else if (work.member == 0) {

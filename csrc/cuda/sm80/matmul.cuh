@@ -47,8 +47,10 @@ struct Matmul {
 
   // ---- tickets ------------------------------------------------------------------------------------------
 
-  LORA_FUSED_DEVICE void take_ticket(Work& work) {
-    if (threadIdx.x == 0) decode_ticket<Tile>(args, ptx::atom_add_acq_rel(args.words + kTicket, 1), work);
+  LORA_FUSED_DEVICE void take_work(const Work& last, Work& work) {
+    if (threadIdx.x != 0) return;
+    take_place(args, last, work);
+    find_work<Tile>(args, work);
   }
 
   // The last block to leave puts the workspace back to zero for the next launch.
@@ -260,13 +262,14 @@ struct Matmul {
   LORA_FUSED_DEVICE void run() {
     __shared__ Work works[3];
     ptx::griddepcontrol_wait();
-    take_ticket(works[0]);
+    if (threadIdx.x == 0) works[2].place = works[2].place_end = 0;  // no ticket yet
+    take_work(works[2], works[0]);
     __syncthreads();
     begin(&works[0]);
     int now = 0;
     while (works[now].member != Work::kNone) {
       const int next = now == 2 ? 0 : now + 1;
-      take_ticket(works[next]);
+      take_work(works[now], works[next]);
       if (works[now].member < 0)
         shrink_tile(works[now], works[next]);
       else

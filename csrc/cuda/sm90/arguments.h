@@ -12,7 +12,8 @@
 
 namespace lora_fused::sm90 {
 
-constexpr int kMaxMembers = 3;  // layers in a launch: q/k/v, gate/up
+constexpr int kMaxMembers = 3;       // layers in a launch: q/k/v, gate/up
+constexpr int kMaxShrinkGroup = 16;  // S tiles of a ticket
 
 // Words of the workspace; behind them a flag for every 128 rows.
 constexpr int kTicket = 0, kLeft = 1, kFlags = 2;
@@ -41,6 +42,7 @@ struct MatmulLaunch {
   int block_n = 256;      // 128 or 256
   int cluster = 2;        // blocks that share their columns: 1 or 2
   int shrink_blocks = 1;  // S tiles of 64 times as many columns: 1, or block_n / 64 without dropout
+  int shrink_group = 1;   // S tiles of a ticket
 };
 
 struct Member {
@@ -68,6 +70,7 @@ struct MatmulArgs {
   int shrink_blocks = 1;
   int row_tiles = 0;     // of cluster x 128 rows
   int column_tiles = 0;  // of all members together
+  int shrink_group = 1;  // S tiles of a ticket
 };
 
 // What the error's sentence says about the problem.

@@ -66,15 +66,18 @@ void check_size(const char* what, i64 size) {
   if (size < 1 || size > INT_MAX - 1023) refuse(what, size, "1 to 2^31 - 1024");
 }
 
-void check(const MatmulLaunch& p) {
+void check(Math math, const MatmulLaunch& p) {
   check_size("M", p.M);
   if (p.members < 1 || p.members > kMaxMembers) refuse("members", p.members, "1 to 3");
   if (p.cluster != 1 && p.cluster != 2) refuse("cluster", p.cluster, "1 or 2");
   const bool wide = p.shrink_blocks == p.block_n / 64 && (p.dx || !has_dropout(p));
   if (p.shrink_blocks != 1 && !wide)
     refuse("shrink_blocks", p.shrink_blocks, "1, or block_n / 64 without dropout");
+  if (p.shrink_group < 1 || p.shrink_group > kMaxShrinkGroup)
+    refuse("shrink_group", p.shrink_group, "1 to " + std::to_string(kMaxShrinkGroup));
   for (int i = 0; i < p.members; ++i) {
     const Layer& layer = p.layer[i];
+    cuda::check_dtype("dtype of y", layer.y, math), cuda::check_dtype("dtype of s", layer.s, math);
     check_size("columns", layer.columns), check_size("depth", layer.depth), check_size("R", layer.rank);
     const i64 bias_offset = static_cast<i64>(reinterpret_cast<std::uintptr_t>(layer.bias) % 4);
     if (bias_offset != 0) refuse("bias", bias_offset, "an address that 4 divides");
@@ -139,6 +142,7 @@ MatmulArgs arguments(const Variant& v, const MatmulLaunch& p) {
   args.rows = static_cast<int>(p.M);
   args.members = p.members;
   args.shrink_blocks = p.shrink_blocks;
+  args.shrink_group = p.shrink_group;
   args.words = p.words;
   args.error = p.error;
   for (int i = 0; i < p.members; ++i) fill_member(args, v, p, i);
@@ -151,7 +155,7 @@ MatmulArgs arguments(const Variant& v, const MatmulLaunch& p) {
 i64 words_of(i64 M, int cluster) { return kFlags + tiles(M, 128 * cluster) * cluster; }
 
 void launch_matmul(Math math, const MatmulLaunch& p, cudaStream_t stream, bool dependent) {
-  check(p);
+  check(math, p);
   const Variant& v = variant_of(math, p);
   const MatmulArgs args = arguments(v, p);
   int device = 0;

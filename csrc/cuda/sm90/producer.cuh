@@ -23,13 +23,14 @@ struct Producer {
   LORA_FUSED_DEVICE void run() {
     Ring<G::kStages> slot;
     const std::uint32_t clusters = gridDim.x / blocks;
-    std::uint32_t ticket = rank == 0 ? take_ticket(args, clusters) : 0;
+    Share share{};
+    if (rank == 0) share.next(args, clusters);
     while (true) {
       wait_barrier(shared.empty(stage.index), stage.parity ^ 1);
       if (rank == 0) {
-        const Tile next = tile_of(args, ticket);
+        const Tile next = tile_of(args, share.place);
         announce(shared, slot.index, next);
-        if (next.row >= 0) ticket = take_ticket(args, clusters);
+        if (next.row >= 0) share.next(args, clusters);
       }
       wait_barrier(shared.announced(slot.index), slot.parity);
       const Tile tile = announced_tile(shared, slot.index);

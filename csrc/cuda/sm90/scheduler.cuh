@@ -1,9 +1,11 @@
 // Which tile a cluster computes next: tickets from a counter in global memory, so that fast clusters take
 // more.
 //
-// S tiles have the first tickets. A block that waits for s therefore waits for tiles whose clusters have
-// started and wait for nothing themselves, however few clusters are resident. Every cluster takes one
-// ticket more than there are tiles for it; the counter wraps to zero with the last of these.
+// S tiles have the first tickets, shrink_group of them each: an S tile is a part of a tile of y, and a few on
+// one cluster delay the last round less than one on each of many. A block that waits for s waits for tiles
+// whose clusters have started and wait for nothing themselves, however few clusters are resident. Every
+// cluster takes one ticket more than there are tickets for it; the counter wraps to zero with the last of
+// these.
 #pragma once
 
 #include "tile.cuh"
@@ -19,23 +21,38 @@ struct Tile {
 // Column tiles are visited for 8 row tiles at a time: together these share what they read through L2.
 constexpr int kRasterRows = 8;
 
-LORA_FUSED_DEVICE Tile tile_of(const MatmulArgs& args, std::uint32_t ticket) {
-  const std::uint32_t shrink_tiles = args.shrink_members * args.shrink_passes;
-  if (ticket < args.row_tiles * shrink_tiles) {
-    return {int(ticket / shrink_tiles), -1 - int(ticket % shrink_tiles)};
-  }
-  ticket -= args.row_tiles * shrink_tiles;
-  if (ticket >= std::uint32_t(args.row_tiles) * args.column_tiles) return {-1, 0};
+// The tile at a place of the list: all S tiles, row tile by row tile, then those of y.
+LORA_FUSED_DEVICE Tile tile_of(const MatmulArgs& args, std::uint32_t place) {
+  const std::uint32_t per_row = args.shrink_members * args.shrink_passes;
+  if (place < args.row_tiles * per_row) return {int(place / per_row), -1 - int(place % per_row)};
+  place -= args.row_tiles * per_row;
+  if (place >= std::uint32_t(args.row_tiles) * args.column_tiles) return {-1, 0};
   const std::uint32_t per_group = kRasterRows * args.column_tiles;
-  const int group = ticket / per_group, inside = ticket % per_group;
+  const int group = place / per_group, inside = place % per_group;
   const int rows = min(kRasterRows, args.row_tiles - group * kRasterRows);
   return {group * kRasterRows + inside % rows, inside / rows};
 }
 
-LORA_FUSED_DEVICE std::uint32_t take_ticket(const MatmulArgs& args, std::uint32_t clusters) {
-  const std::uint32_t tiles = args.row_tiles * (args.shrink_members * args.shrink_passes + args.column_tiles);
-  return ptx::atom_inc_acq_rel(args.words + kTicket, tiles + clusters - 1);
-}
+// A cluster's share of the list: the places of one ticket after the other.
+struct Share {
+  std::uint32_t place, end;
+
+  LORA_FUSED_DEVICE void next(const MatmulArgs& args, std::uint32_t clusters) {
+    if (++place < end) return;
+    const std::uint32_t group = args.shrink_group;
+    const std::uint32_t shrink = args.row_tiles * args.shrink_members * args.shrink_passes;
+    const std::uint32_t shrink_tickets = (shrink + group - 1) / group;
+    const std::uint32_t tickets = shrink_tickets + args.row_tiles * args.column_tiles;
+    const std::uint32_t ticket = ptx::atom_inc_acq_rel(args.words + kTicket, tickets + clusters - 1);
+    if (ticket < shrink_tickets) {
+      place = ticket * group;
+      end = min(place + group, shrink);
+    } else {
+      place = ticket - shrink_tickets + shrink;
+      end = place + 1;
+    }
+  }
+};
 
 // Tells every block of the cluster its next tile. NOTE: the slot is free: its last tile began at least
 // kStages stages ago, and the caller has seen all of the cluster's consumers release the stage it now fills.
