@@ -158,7 +158,9 @@ def expand_tile(p, n0, r0, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
 def store_s(p, s_tile, m0, n0, M, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
     """Every column of tiles has s; the first one stores it."""
     m, r = m0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
-    inside = (m < M)[:, None] & (r < p.R)[None, :] & (n0 == 0)
+    # NOTE: not `n0 == 0`: a bool that the interpreter splats is no mask for Triton 3.9.
+    first = tl.full((BLOCK_M, BLOCK_R), n0, tl.int32) == 0
+    inside = (m < M)[:, None] & (r < p.R)[None, :] & first
     tl.store(tile_pointers(p.s, m0, 0, p.s_sm, 1, BLOCK_M, BLOCK_R), s_tile, mask=inside)
 
 
