@@ -93,7 +93,6 @@ def shrink_matmul(
     scale: float,
     bias: Tensor | None = None,
     mask: Mask | None = None,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y and s by one launch.
 
@@ -105,7 +104,7 @@ def shrink_matmul(
     tiles = route.config.tiles(direction)
     if tiles is None or not tiles.persistent:
         return _decode(route, direction, x, weight, shrink_adapter, expand_adapter, scale, bias)
-    y = _new_y(route, direction, x) if out is None else out
+    y = _new_y(route, direction, x)
     s = _new_s(flatten(x), shrink_adapter.shape[0 if direction == "forward" else 1])
     layer = cuda_sm90.Layer(x, weight, shrink_adapter, expand_adapter, s, y, scale, bias, mask)
     _run(tiles, direction, [layer])

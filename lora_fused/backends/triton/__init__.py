@@ -121,7 +121,6 @@ def shrink_matmul(
     scale: float,
     bias: Tensor | None = None,
     mask: Mask | None = None,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, s) in one launch.
 
@@ -133,7 +132,7 @@ def shrink_matmul(
     forward = direction == "forward"
     s = x.new_empty(math.prod(x.shape[:-1]), shrink_adapter.shape[0 if forward else 1])
     y = _matmul(
-        route, direction, x, weight, shrink_adapter, s, expand_adapter, scale, bias, None, out
+        route, direction, x, weight, shrink_adapter, s, expand_adapter, scale, bias, None, None
     )
     return y, s
 
