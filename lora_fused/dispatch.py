@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from lora_fused.backends import BACKENDS
 from lora_fused.backends import cpu as cpu_backend
 from lora_fused.backends.cpu import PackedWeight
 from lora_fused.backends.cpu_rule import choose_cpu
+from lora_fused.choices import Choices
 from lora_fused.config import (
     FUSED_STRATEGIES,
     Config,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from lora_fused.gpu_tuning import Trial
 
 _MAX_ROUTES = 4096
-_routes: dict[Any, Route] = {}
+_routes = Choices[Route](_MAX_ROUTES)
 _forced: list[Config] = []
 _also_forget: list[Callable[[], None]] = []
 
@@ -68,10 +69,8 @@ def route_for(
         torch._C._get_deterministic_algorithms(),
         checks.compute_dtype(x) if torch._C._is_any_autocast_enabled() else None,
     )  # fmt: skip
-    route = _routes.get(key)
+    route = _routes.get(key, x.device)
     if route is None:
-        if len(_routes) >= _MAX_ROUTES:
-            _routes.clear()
         params = (weight, lora_A, lora_B, bias)
         problem = problem_of(x, params, dropout, packed, needs, cast_weight, on_gpu)
         if problem.device is None or problem.R == 0:
@@ -80,8 +79,7 @@ def route_for(
             trial = _trial_of(problem, x, params)
             config, final = choose_on_gpu(problem, backend, x.device, trial)
         route = _route(problem, x, params, config)
-        if final:
-            _routes[key] = route
+        _routes.keep(key, route, final)
     return route
 
 

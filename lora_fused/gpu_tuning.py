@@ -7,7 +7,8 @@ A candidate must be 2 % faster than the library to be taken.
 
 Nothing is timed, and no kernel is checked, while a CUDA graph is captured, under torch.compile's
 tracing, or on another stream than the default one (where graphs are warmed up): such calls use
-what is known, and kernels that have passed their check, and the choice is made anew later.
+what is known, else the model, among kernels that have passed their check. Their choice is
+remembered until something is checked or timed elsewhere (`choices.Choices`).
 LORA_FUSED_AUTOTUNE=0 and torch.use_deterministic_algorithms(True) leave the choice to the model.
 """
 

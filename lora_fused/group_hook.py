@@ -33,11 +33,12 @@ from lora_fused import dispatch
 from lora_fused.autograd import refuse_double_backward, weight_gradient
 from lora_fused.backends import BACKENDS
 from lora_fused.backends.torch_ops import flatten
+from lora_fused.choices import Choices
 from lora_fused.config import FUSED_STRATEGIES, Call, Member, Problem, Route, group_columns
 
 PARAMS = 4  # of one member: weight, lora_A, lora_B, bias
 _MAX_ROUTES = 1024
-_routes: dict[tuple[int, ...], tuple[list[Route], Route | None]] = {}
+_routes = Choices[tuple[list[Route], Route | None]](_MAX_ROUTES)
 dispatch.also_forget(_routes.clear)
 
 
@@ -55,14 +56,11 @@ def group_route(
         return None
     routes = [call.route for call in calls]
     key = tuple(id(route) for route in routes)
-    known = _routes.get(key)
+    known = _routes.get(key, x.device)
     if known is not None and all(a is b for a, b in zip(known[0], routes, strict=True)):
         return known[1]
     route, final = _find_route(x, routes, params, backend)
-    if final:
-        if len(_routes) >= _MAX_ROUTES:
-            _routes.clear()
-        _routes[key] = routes, route
+    _routes.keep(key, (routes, route), final)
     return route
 
 

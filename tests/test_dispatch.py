@@ -143,7 +143,7 @@ def test_routes_follow_what_they_depend_on() -> None:
 
 
 def test_remembered_routes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_MAX_ROUTES", 5)
+    monkeypatch.setattr(dispatch._routes, "most", 5)
     layer = FusedLoRALinear(8, 6, r=2)
     for tokens in range(1, 30):
         layer(torch.randn(tokens, 8))

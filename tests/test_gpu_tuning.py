@@ -110,31 +110,3 @@ def test_timing_can_be_switched_off(reason: str, monkeypatch: pytest.MonkeyPatch
         finally:
             torch.use_deterministic_algorithms(False)
     assert clock.runs == 0 and not list(gpu_store.directory(DEVICES["H100"]).glob("timing*"))
-
-
-@pytest.mark.usefixtures("gpu")
-def test_nothing_is_measured_under_capture_but_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(0.001, shrink_matmul=0.0001, reduce=0.0001)
-    monkeypatch.setattr(gpu_tuning, "stopwatch", clock)
-    monkeypatch.setattr(gpu_tuning, "may_measure", lambda where: False)
-    assert config_of().backend == "torch" and clock.runs == 0
-    assert not gpu_store.answers(DEVICES["H100"], "check")
-    monkeypatch.setattr(gpu_tuning, "may_measure", lambda where: True)
-    assert config_of().backend == "triton" and clock.runs > 0
-    monkeypatch.setattr(gpu_tuning, "may_measure", lambda where: False)
-    assert config_of().backend == "triton", "what is known is used under capture, too"
-
-
-@pytest.mark.parametrize(
-    ("capturing", "same_stream", "allowed"),
-    [(False, True, True), (True, True, False), (False, False, False)],
-)
-def test_when_a_gpu_may_be_measured(
-    capturing: bool, same_stream: bool, allowed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda where: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda where: 0 if same_stream else 1)
-    assert gpu_tuning.may_measure(torch.device("cuda", 0)) is allowed
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not gpu_tuning.may_measure(torch.device("cuda", 0))
