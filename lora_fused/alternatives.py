@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lora_fused import gpu_tuning, selfcheck
+from lora_fused.backends import BACKENDS
 from lora_fused.config import Config, Problem
 from lora_fused.gpu_choice import GPU_BACKENDS, Option, options, parts_of
 
@@ -14,7 +15,10 @@ from lora_fused.gpu_choice import GPU_BACKENDS, Option, options, parts_of
 def describe(
     problem: Problem, config: Config, names: tuple[str, ...], where: torch.device
 ) -> list[str]:
-    """A line per part with the times of what is used, and one per faster option that is not."""
+    """A line per part with the times of what is used, and one per faster option that is not.
+
+    And one for each strategy that a backend has, but not for this problem.
+    """
     lines = [_total(config)] if config.predicted_us is not None else []
     for part in parts_of(problem):
         found = options(problem, part, names)
@@ -27,6 +31,9 @@ def describe(
     for name in GPU_BACKENDS:
         if name in names and not _offers_anything(problem, name):
             lines.append(f"{name}: no kernel of it fits these sizes")
+        elif name in names:
+            left_out = getattr(BACKENDS[name], "left_out", None)
+            lines += [f"{name}: {reason}" for reason in left_out(problem)] if left_out else []
     return lines
 
 

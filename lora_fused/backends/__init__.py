@@ -20,6 +20,7 @@ A module may offer more. What it lacks is put together from the operations above
     group_backward(route, dys, x, s, members) -> dx, das, dbs
     takes_wide_adapters(problem) -> bool        fused kernels read fp32 adapters beside bf16
     candidates(problem, device, operation) -> list[Candidate]                  for GPUs
+    left_out(problem) -> list[str]              why it has no candidate of some strategies
 
 `tests/fake_backend.py` is all of it in plain torch.
 """

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_fused import alternatives
 from lora_fused.backends import triton
 from lora_fused.backends.triton import candidates as candidates_of
 from lora_fused.backends.triton.candidates import (
@@ -22,6 +23,7 @@ from lora_fused.backends.triton.candidates import (
 )
 from lora_fused.config import FUSED_STRATEGIES, Problem
 from lora_fused.devices import DEVICES, Device
+from lora_fused.gpu_choice import configure_by_model
 
 H100 = DEVICES["H100"]
 OPERATIONS = ("forward", "dx", "shrink", "reduce")
@@ -106,6 +108,27 @@ def test_candidates_are_legal(
             assert (candidate.strategy == "decode") == (M <= DECODE_TOKENS)
         if tiles.descriptors:
             assert aligned and (K * dtype.itemsize) % 16 == 0 and (N * dtype.itemsize) % 16 == 0
+
+
+@given(
+    M=sizes, R=st.integers(1, 512), dropout=st.booleans(), operation=st.sampled_from(OPERATIONS[:2]),
+    device=st.sampled_from(list(DEVICES.values())),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+)  # fmt: skip
+def test_one_launch_is_offered_or_a_reason_is_given(
+    M: int, R: int, dropout: bool, operation: str, device: Device, dtype: torch.dtype
+) -> None:
+    asked = problem(M, R=R, dtype=dtype, dropout=dropout, device=device)
+    found = {c.strategy for c in triton.candidates(asked, device, operation)}
+    assert bool(triton.left_out(asked)) != bool(found & FUSED_STRATEGIES)
+
+
+def test_explain_says_why_one_launch_is_left_out() -> None:
+    asked = problem(dropout=True, needs=frozenset({"x", "lora_A", "lora_B"}))
+    lines = alternatives.describe(
+        asked, configure_by_model(asked, ("triton",)), ("triton",), torch.device("cpu")
+    )
+    assert "triton: one_pass and decode make no dropout mask" in lines
 
 
 def test_what_stands_in_for_descriptors_is_shipped() -> None:

@@ -17,13 +17,18 @@ from torch import Tensor
 from lora_fused.backends import torch_ops
 from lora_fused.backends.torch_ops import flatten
 from lora_fused.backends.triton import launch
-from lora_fused.backends.triton.candidates import candidates, default_tiles, target_of
+from lora_fused.backends.triton.candidates import (
+    candidates,
+    default_tiles,
+    left_out,
+    target_of,
+)
 from lora_fused.backends.triton.group import group_backward, group_forward
 from lora_fused.config import Mask, Problem, Route
 
 __all__ = [
-    "candidates", "group_backward", "group_forward", "matmul", "not_supported_reasons", "reduce",
-    "reduce_pair", "shrink", "shrink_matmul", "shrink_reduce", "takes_wide_adapters",
+    "candidates", "group_backward", "group_forward", "left_out", "matmul",
+    "not_supported_reasons", "reduce", "reduce_pair", "shrink", "shrink_matmul", "shrink_reduce", "takes_wide_adapters",
 ]  # fmt: skip
 
 MIN_VERSION = (3, 7)  # 3.6 cannot hand a tuple with None in it to a device function

@@ -203,6 +203,19 @@ def is_legal(problem: Problem, choice: Shipped) -> bool:
     return not tiles.descriptors or _fits_descriptors(problem)
 
 
+def left_out(problem: Problem) -> list[str]:
+    """Why there is no kernel that makes s and y in one launch; empty where there is one."""
+    rank, most = _rank(problem), _FUSED_RANKS[-1]
+    reasons = []
+    if problem.dropout:
+        reasons.append("one_pass and decode make no dropout mask")
+    if kind_of(problem.dtype) != "half":
+        reasons.append("one_pass and decode are for bfloat16 and float16")
+    if rank > most:
+        reasons.append(f"one_pass and decode take ranks up to {most}, this one is {rank}")
+    return reasons
+
+
 def takes_bias(choice: Shipped) -> bool:
     """Whether a bias may be added.
 
