@@ -11,6 +11,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 LISTS = {
+    "KERNELS": "named by a finding",
     "TEXT": "named by a finding",
     "FINDINGS": "named by a finding",
     "FAULTS": "named by a finding or in the numbers",
@@ -21,15 +22,15 @@ LISTS = {
 
 
 def lists() -> Iterator[tuple[str, str, list[str]]]:
-    """(file, list, names of its faults) of every list of `Fault`s and `Mutant`s."""
+    """(file, list, names) of every list that holds `Fault`s or `Mutant`s, itself or by kernel."""
     for path in sorted(TESTS.rglob("test_*.py")):
         for node in ast.parse(path.read_text()).body:
             if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.List)):
                 continue
-            target, calls = ast.unparse(node.targets[0]), node.value.elts
+            target = ast.unparse(node.targets[0])
             names = [
                 str(ast.literal_eval(call.args[0]))
-                for call in calls
+                for call in ast.walk(node.value)
                 if isinstance(call, ast.Call) and ast.unparse(call.func) in ("Fault", "Mutant")
             ]
             if target in LISTS and names:

@@ -19,6 +19,7 @@ from lora_fused.backends.triton.candidates import SHIPPED
 from lora_fused.config import Tiles
 from lora_fused.testing import make_case
 from tests.ptx_emulator import Schedule
+from tests.ptx_emulator.testing import with_fault
 from tests.triton import emulated as emulation_module
 from tests.triton.compiled import Compiled, Request
 from tests.triton.emulate_shipped import Size, emulate
@@ -139,11 +140,6 @@ def parameters(faults: slice) -> list[object]:
     ]
 
 
-def edit(fault: Fault, ptx: str) -> str:
-    match = list(re.finditer(fault.pattern, ptx, re.DOTALL))[fault.nth]
-    return ptx[: match.start()] + match.expand(fault.new) + ptx[match.end() :]
-
-
 def check(kernel: Kernel, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     """The emulator lists findings as "kind at line ...", the instruction on a line of its own."""
     choice = next(choice for choice in SHIPPED if str(choice) == kernel.choice)
@@ -152,7 +148,9 @@ def check(kernel: Kernel, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None
 
     def damaged(request: Request) -> Compiled:
         made = original(request)
-        return replace(made, ptx=edit(fault, made.ptx)) if request.kernel == name else made
+        if request.kernel != name:
+            return made
+        return replace(made, ptx=with_fault(made.ptx, fault.pattern, fault.nth, fault.new))
 
     monkeypatch.setattr(emulation_module, "compile_kernel", damaged)
     with pytest.raises(AssertionError) as raised:

@@ -111,8 +111,8 @@ def test_candidates_are_legal(
 
 
 @given(
-    M=sizes, R=st.integers(1, 512), dropout=st.booleans(), operation=st.sampled_from(OPERATIONS[:2]),
-    device=st.sampled_from(list(DEVICES.values())),
+    M=sizes, R=st.integers(1, 512), dropout=st.booleans(),
+    operation=st.sampled_from(OPERATIONS[:2]), device=st.sampled_from(list(DEVICES.values())),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
 )  # fmt: skip
 def test_one_launch_is_offered_or_a_reason_is_given(

@@ -28,7 +28,8 @@ from lora_fused.config import Mask, Problem, Route
 
 __all__ = [
     "candidates", "group_backward", "group_forward", "left_out", "matmul",
-    "not_supported_reasons", "reduce", "reduce_pair", "shrink", "shrink_matmul", "shrink_reduce", "takes_wide_adapters",
+    "not_supported_reasons", "reduce", "reduce_pair", "shrink", "shrink_matmul", "shrink_reduce",
+    "takes_wide_adapters",
 ]  # fmt: skip
 
 MIN_VERSION = (3, 7)  # 3.6 cannot hand a tuple with None in it to a device function
