@@ -185,7 +185,7 @@ def is_legal(problem: Problem, choice: Shipped) -> bool:
         together = choice.operation == "reduce" and not problem.dropout
         rank = problem.R if together else _rank(problem)  # a group's stacked ds, or one member's
         return tiles.block_r == skinny_block(rank, choice.kind)
-    if tiles.block_m > max(64, _power_of_two(problem.M)):
+    if not _is_as_small(choice, problem):
         return False
     if problem.dropout and choice.operation == "dx" and _is_wide(tiles):
         return False  # the masked term needs accumulators of its own
@@ -211,9 +211,22 @@ def left_out(problem: Problem) -> list[str]:
         reasons.append("one_pass and decode make no dropout mask")
     if kind_of(problem.dtype) != "half":
         reasons.append("one_pass and decode are for bfloat16 and float16")
+    elif problem.M > DECODE_TOKENS and not _has_one_pass(problem):
+        reasons.append(f"one_pass has no tile for as few tokens as {problem.M} on this device")
     if rank > most:
         reasons.append(f"one_pass and decode take ranks up to {most}, this one is {rank}")
     return reasons
+
+
+def _has_one_pass(problem: Problem) -> bool:
+    """Whether a tile of the device's is not much larger than the problem."""
+    target = "" if problem.device is None else target_of(problem.device)
+    choices = _choices(target, "half", "forward")
+    return any(c.strategy == "one_pass" and _is_as_small(c, problem) for c in choices)
+
+
+def _is_as_small(choice: Shipped, problem: Problem) -> bool:
+    return choice.tiles.block_m <= max(64, _power_of_two(problem.M))
 
 
 def takes_bias(choice: Shipped) -> bool:
