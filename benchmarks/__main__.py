@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from benchmarks.progress import Progress
 from benchmarks.providers import PROVIDER_NAMES, named
 from benchmarks.record import Results
 from benchmarks.report import write_report
-from benchmarks.run import Settings, run
+from benchmarks.run import Settings, new_results, run
 from benchmarks.shapes import (
     DTYPES,
     LAYERS,
@@ -27,10 +28,21 @@ from benchmarks.shapes import (
     product_cases,
     quick_cases,
 )
+from benchmarks.suites import SUITES
+from benchmarks.suites.command import (
+    CLAIMS,
+    LAYER,
+    NAMES,
+    run_in_fresh_processes,
+    run_suites,
+)
+from benchmarks.suites.item import Request
+from benchmarks.suites.table import print_suites
 from benchmarks.table import print_header, print_results
 
 LOCAL = Path(__file__).parent / "results" / "local"
 MODEL_COLUMNS = 170  # of the modelled table, on terminals too narrow for it and in files
+SUITE_COLUMNS = 150  # likewise, of the suites' tables
 QUICK_BUDGET_S = 255.0  # with imports, tables and the report: below five minutes
 
 
@@ -47,9 +59,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--suite",
-        choices=("layer", "claims"),
-        default="layer",
-        help="layer: the LoRA tax (default); claims: the LoRA paper's, on this machine",
+        nargs="+",
+        choices=(*NAMES, "all"),
+        default=[LAYER],
+        help="layer: the LoRA tax (default); claims: the LoRA paper's, on this machine; "
+        + "; ".join(f"{suite.name}: {suite.about}" for suite in SUITES.values()),
+    )
+    parser.add_argument(
+        "--fresh-process",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="run each suite in a process of its own",
     )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument(
@@ -102,7 +122,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--dropout", action="store_true", help="with --model-gpu: p > 0")
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--html", type=Path, metavar="OUT")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if "all" in args.suite:
+        args.suite = list(NAMES)
+    given = [n for n in ("layers", "m", "r", "providers") if getattr(args, n)]
+    if given and args.suite != [LAYER]:
+        parser.error(f"--{given[0]} selects cases of the suite layer, got --suite {args.suite}")
+    return args
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
@@ -140,9 +166,6 @@ def main() -> None:
         sys.exit(
             gpu_report.main("cuda", json_path, args.html or json_path.with_suffix(".html"), console)
         )
-    if args.suite == "claims":
-        claims.run(console, args.json or LOCAL / f"{datetime.now():%Y%m%d-%H%M%S}-claims.json")
-        return
     if args.model_gpu:
         try:
             wide = Console(width=max(console.width, MODEL_COLUMNS))
@@ -150,35 +173,72 @@ def main() -> None:
         except ValueError as error:
             sys.exit(f"python -m benchmarks: {error}")
         return
+    stem = LOCAL / f"{datetime.now():%Y%m%d-%H%M%S}-{'full' if args.full else 'quick'}"
+    json_path = args.json or stem.with_suffix(".json")
+    if CLAIMS in args.suite:
+        alone = args.suite == [CLAIMS]
+        claims.run(console, json_path if alone else json_path.with_name(f"{stem.name}-claims.json"))
+    names = [name for name in args.suite if name != CLAIMS]
+    if not names:
+        return
     try:
-        cases = cases_of(args)
+        results = measure(args, names, json_path, console)
     except ValueError as error:
         sys.exit(f"python -m benchmarks: {error}")
-    if not cases:
-        sys.exit("python -m benchmarks: the quick set has no such case; add --full")
-    budget = args.budget or (None if args.full else QUICK_BUDGET_S)
+    results.settings["suites"] = names
+    goals = goal_rows(results)
+    results.save(json_path)
+    if LAYER in names:
+        print_results(console, results, goals)
+    print_suites(Console(width=max(console.width, SUITE_COLUMNS)), results.suites)
+    if results.skipped and LAYER not in names:
+        console.print(f"[yellow]Not run: {'; '.join(results.skipped)}", highlight=False)
+    html_path = args.html or json_path.with_suffix(".html")
+    write_report(results, goals, html_path)
+    console.print(f"[bold]{html_path}[/]  (open it in a browser)\n{json_path}", highlight=False)
+
+
+def measure(
+    args: argparse.Namespace, names: list[str], json_path: Path, console: Console
+) -> Results:
+    """The named suites, in this process or in fresh ones. ValueError for what cannot be run."""
+    if args.fresh_process:
+        merged = run_in_fresh_processes(names, sys.argv[1:], console)
+        if merged is None:
+            raise ValueError("no suite left a result; run it without --fresh-process to see why")
+        return merged
     settings = Settings(
         "full" if args.full else "quick",
         args.threads,
         args.rounds,
         args.cold,
-        budget,
+        args.budget,
         not args.no_memory and args.device == "cpu",
         args.device,
         args.eager,
     )
-    json_path = args.json or LOCAL / f"{datetime.now():%Y%m%d-%H%M%S}-{settings.mode}.json"
-    html_path = args.html or json_path.with_suffix(".html")
+    if LAYER in names:
+        results = measure_layers(args, settings, json_path, console)
+    else:
+        results = new_results(settings)
+        print_header(console, results)
+    request = Request(args.full, args.device, tuple(args.dtype or DTYPES))
+    others = [name for name in names if name != LAYER]
+    run_suites(others, request, settings, results, console, json_path)
+    return results
 
-    results = run(
-        settings, cases, named(args.providers), Progress(console, budget),
+
+def measure_layers(
+    args: argparse.Namespace, settings: Settings, json_path: Path, console: Console
+) -> Results:
+    cases = cases_of(args)
+    if not cases:
+        raise ValueError("the quick set has no such case; add --full")
+    budget = args.budget or (None if args.full else QUICK_BUDGET_S)
+    return run(
+        replace(settings, budget_s=budget), cases, named(args.providers), Progress(console, budget),
         on_header=lambda results: print_header(console, results), save_to=json_path,
     )  # fmt: skip
-    goals = goal_rows(results)
-    results.save(json_path)
-    print_results(console, results, goals)
-    write_report(results, goals, html_path)
-    console.print(f"[bold]{html_path}[/]  (open it in a browser)\n{json_path}", highlight=False)
 
 
 if __name__ == "__main__":

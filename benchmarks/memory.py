@@ -84,12 +84,13 @@ def _native_stderr_muted() -> Iterator[None]:
 
 
 def measure_in_fresh_process(
-    provider: str, threads: int, case: Case = SECTION_CASE
+    provider: str, threads: int, case: Case = SECTION_CASE, device: str = "cpu"
 ) -> MemoryRecord:
     """One provider of the memory section: fp32 adapters over a low-precision base."""
     command = [sys.executable, "-m", "benchmarks.memory", provider, "--threads", str(threads)]
     command += ["--m", str(case.M), "--k", str(case.layer.K), "--n", str(case.layer.N)]
     command += ["--r", str(case.R), "--dtype", case.dtype, "--dropout", str(case.dropouts[0])]
+    command += ["--device", device]
     # Freed blocks go back to the system at once, so that the resident peak is the true one.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
@@ -134,6 +135,7 @@ def main() -> None:
         parser.add_argument(f"--{size}", type=int, required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--dropout", type=float, required=True)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -142,7 +144,8 @@ def main() -> None:
 
     def build(M: int) -> Built:
         case = Case(layer, args.dtype, M, args.r)
-        return provider.build(make_tensors(case, adapter_dtype=torch.float32), args.dropout)
+        tensors = make_tensors(case, adapter_dtype=torch.float32, device=args.device)
+        return provider.build(tensors, args.dropout)
 
     build(4).forward_backward()  # libraries load and set themselves up outside the measurement
     built = build(args.m)

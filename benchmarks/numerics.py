@@ -1,6 +1,6 @@
 """Correct before timed: every output of every provider against float64, by the project's rule."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -57,9 +57,9 @@ class Checker:
         if dropout and not provider.ours:
             return Verdict(OK, "unchecked: another random stream")
         outputs, lora = _outputs(built), provider.lora or provider.merged
-        verdict = _judged(outputs, self._expect(lora, dropout))
+        verdict = judge(outputs, self._expect(lora, dropout))
         if dropout and verdict.status == WRONG:
-            drawn = _judged(outputs, self._expect(lora, dropout, drawn=True))
+            drawn = judge(outputs, self._expect(lora, dropout, drawn=True))
             return drawn if drawn.status == OK else verdict
         return verdict
 
@@ -85,7 +85,8 @@ class Checker:
         return keep.bernoulli_(1.0 - dropout_threshold(dropout) / 65536)
 
 
-def _judged(outputs: Sequence[tuple[str, Tensor]], expected: Expected) -> Verdict:
+def judge(outputs: Iterable[tuple[str, Tensor]], expected: Expected) -> Verdict:
+    """Each output by the project's rule; one name may come several times."""
     ratios: dict[str, float] = {}
     complaints = []
     for name, got in outputs:

@@ -111,6 +111,8 @@ class SuiteRecord:
     message: str
     error_ratio: float | None = None
     peak_bytes: int | None = None
+    held_bytes: int | None = None
+    resident_bytes: int | None = None
     flops: int | None = None
     bytes_moved: int | None = None
     repeats: int | None = None

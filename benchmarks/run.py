@@ -65,17 +65,7 @@ def run(
     torch.set_num_threads(settings.threads)
     progress = progress or Progress(None)
     deadline = math.inf if settings.budget_s is None else time.monotonic() + settings.budget_s
-    results = Results(
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        settings=asdict(settings),
-        machine=describe_machine(settings.threads, settings.device),
-        versions=versions(),
-        commit=commit(),
-        providers=[
-            {"name": p.name, "label": p.label, "missing": p.missing(settings.device)}
-            for p in providers
-        ],
-    )
+    results = new_results(settings, providers)
     on_header(results)
     present = [p for p in providers if p.missing(settings.device) is None]
     if not any(p.name == FROZEN for p in present):
@@ -96,6 +86,21 @@ def run(
     if save_to:
         results.save(save_to)
     return results
+
+
+def new_results(settings: Settings, providers: Sequence[Provider] = PROVIDERS) -> Results:
+    """A result without records: where, when, and with what it is made."""
+    return Results(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        settings=asdict(settings),
+        machine=describe_machine(settings.threads, settings.device),
+        versions=versions(),
+        commit=commit(),
+        providers=[
+            {"name": p.name, "label": p.label, "missing": p.missing(settings.device)}
+            for p in providers
+        ],
+    )
 
 
 def run_case(

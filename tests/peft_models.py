@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lora_fused.integrations import peft as ours
+from lora_fused.testing import assert_close_together
 
 VOCABULARY = 61
 DRAWS = 4
@@ -151,30 +151,3 @@ def assert_equal_to_stock(
     assert by_stock == stock_calls * DRAWS, str(after)
     assert_close_together(got, truth, baseline)
     return got[0]
-
-
-def assert_close_together(
-    got: list[dict[str, Tensor]],
-    truth: list[dict[str, Tensor]],
-    baseline: list[dict[str, Tensor]],
-) -> None:
-    """The numerics rule for whole models: of the mean error of a tensor, on geometric average.
-
-    The first layers' rounding goes through all that follows, and a gradient that nearly cancels
-    magnifies it: over 16 models the error of all tensors together was 0.75 to 1.0 of the
-    baseline's and once 2.3, by one such gradient. The average over tensors and inputs does not
-    depend on it. What is wrong, and not merely rounded, has fewer than half of the baseline's
-    digits right. Layers alone are held to the whole rule.
-    """
-    logs = []
-    for mine, true, plain in zip(got, truth, baseline, strict=True):
-        assert mine.keys() == true.keys() == plain.keys()
-        for name, exact in true.items():
-            error, allowed = ((t[name].double() - exact).abs().mean() for t in (mine, plain))
-            eps, largest = torch.finfo(plain[name].dtype).eps, exact.abs().max().item()
-            floor = eps * largest / 4
-            half_of_the_digits = (largest * max(allowed, floor)) ** 0.5
-            assert error <= half_of_the_digits, f"{name}: mean error {error:.3g} of {largest:.3g}"
-            logs.append(math.log((error + floor) / (allowed + floor)) if largest > 0 else 0.0)
-    ratio = math.exp(sum(logs) / len(logs))
-    assert ratio <= 1.5, f"errors are {ratio:.2f} times the baseline's, at most 1.5 allowed"

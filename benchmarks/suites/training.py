@@ -1,0 +1,216 @@
+"""Whole networks as contenders: frozen, fully fine-tuned, with PEFT, and with PEFT accelerated.
+
+A step is forward, backward to the network's input and, where something is trained, AdamW. Networks
+have the configurations of real models and random weights; adapters sit on every linear layer of a
+block, lora_B is not zero.
+
+The rule: outputs and gradients of y, of the input and of every adapter against stock PEFT in
+float64, by lora_fused.testing.assert_close_together, with stock PEFT in the item's dtype as the
+baseline. Adapters hold values that the dtype has, so that fp32 adapters have the same truth. What
+contains nothing of ours and no adapter (frozen, full) is the stock network and taken as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.memory import allocated_bytes, allocated_on_gpu
+from benchmarks.numerics import Verdict
+from benchmarks.providers import FROZEN, OURS, PEFT
+from benchmarks.record import OK, WRONG
+from benchmarks.shapes import FORWARD
+from benchmarks.suites.item import Item, Makers, Memory, Ready
+from benchmarks.tensors import TORCH_DTYPES
+from lora_fused.testing import assert_close_together
+
+STEP = "step"
+FULL = "full"
+RANK = 16
+_TARGETS = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """family: llama or gpt2. head: with the language-model head, else the blocks alone."""
+
+    name: str
+    family: str
+    width: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    layers: int
+    vocabulary: int
+    head: bool
+
+    def build(self) -> nn.Module:
+        """In fp32 on the CPU, without dropout; the same weights every time."""
+        transformers: Any = importlib.import_module("transformers")
+        torch.manual_seed(0)
+        shared = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": self.vocabulary}
+        if self.family == "gpt2":
+            config = transformers.GPT2Config(
+                n_embd=self.width, n_inner=self.hidden, n_head=self.heads, n_layer=self.layers,
+                n_positions=8192, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **shared,
+            )  # fmt: skip
+            kind = transformers.GPT2LMHeadModel if self.head else transformers.GPT2Model
+        else:
+            config = transformers.LlamaConfig(
+                hidden_size=self.width, intermediate_size=self.hidden,
+                num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
+                num_hidden_layers=self.layers, max_position_embeddings=8192,
+                tie_word_embeddings=True, **shared,
+            )  # fmt: skip
+            kind = transformers.LlamaForCausalLM if self.head else transformers.LlamaModel
+        model: nn.Module = kind(config).train()
+        return model
+
+    def adapted(self, dtype: torch.dtype, device: str, adapters: torch.dtype) -> nn.Module:
+        """Under stock PEFT. adapters: their dtype."""
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=RANK, lora_alpha=2 * RANK, target_modules=_TARGETS[self.family],
+            init_lora_weights=False, fan_in_fan_out=self.family == "gpt2",
+        )  # fmt: skip
+        base: Any = self.build().to(dtype)
+        model = get_peft_model(base, config, autocast_adapter_dtype=adapters != dtype)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.to(dtype).to(adapters)
+        return model.to(device)
+
+
+def item_of(network: Network, dtype: str, M: int, device: str) -> Item:
+    return Item(
+        name=network.name,
+        shape={"M": M, "width": network.width, "layers": network.layers, "R": RANK},
+        dtype=dtype,
+        passes=(FORWARD, STEP),
+        base=FROZEN,
+        contenders=partial(makers_of, network, TORCH_DTYPES[dtype], M, device),
+    )
+
+
+def makers_of(network: Network, dtype: torch.dtype, M: int, device: str) -> Makers:
+    """fp32 adapters over a base of lower precision (PEFT's default) and adapters in its dtype."""
+    x = torch.randn(1, M, network.width, generator=torch.Generator().manual_seed(1))
+    x = x.to(dtype).to(device)
+    stock = functools.partial(network.adapted, dtype, device)
+    references = functools.cache(partial(_references, partial(stock, dtype), x))
+    plain = {FROZEN: partial(_stock, network, False, x), FULL: partial(_stock, network, True, x)}
+    makers: dict[str, Callable[[], Ready]] = dict(plain)
+    for suffix, adapters in (("", dtype), ("-fp32", torch.float32)):
+        if suffix and adapters == dtype:
+            continue
+        for name, fused in ((PEFT, False), (OURS, True)):
+            makers[name + suffix] = partial(
+                _adapted, partial(stock, adapters), fused, x, references
+            )
+    return makers
+
+
+def _stock(network: Network, trained: bool, x: Tensor) -> Ready:
+    model = network.build().to(x.dtype).to(x.device).requires_grad_(trained)
+    return _ready(model, x, lambda: Verdict(OK, "unchecked: the stock network itself"))
+
+
+def _adapted(
+    build: Callable[[], nn.Module],
+    fused: bool,
+    x: Tensor,
+    references: Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]],
+) -> Ready:
+    model = build()
+    if fused:
+        from lora_fused.integrations.peft import accelerate
+
+        report = accelerate(model, verbose=False)
+        if report.not_fused:
+            raise RuntimeError(f"accelerate left layers to PEFT: {report.not_fused}")
+
+    def check() -> Verdict:
+        truth, baseline = references()
+        try:
+            ratio = assert_close_together([outputs_of(model, x)], [truth], [baseline])
+        except AssertionError as error:
+            return Verdict(WRONG, str(error))
+        return Verdict(OK, error_ratios={"all": ratio})
+
+    return _ready(model, x, check)
+
+
+def _ready(model: nn.Module, x: Tensor, check: Callable[[], Verdict]) -> Ready:
+    x = x.detach().requires_grad_()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
+
+    def forward() -> None:
+        with torch.no_grad():
+            _loss_and_y(model, x)
+
+    def step() -> None:
+        x.grad = None
+        _loss_and_y(model, x)[0].backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def memory() -> Memory:
+        step()  # AdamW's moments are there from now on
+        measure = allocated_on_gpu if x.is_cuda else allocated_bytes
+        return Memory(measure(step)[0])
+
+    return Ready(calls={FORWARD: forward, STEP: step}, check=check, memory=memory)
+
+
+def _references(
+    build: Callable[[], nn.Module], x: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Stock PEFT in float64, and in the dtype of x."""
+    model = build()
+    baseline = outputs_of(model, x)
+    return outputs_of(copy.deepcopy(model).double(), x.double()), baseline
+
+
+def outputs_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """y (last hidden states or logits), dx, and the gradient of every trained parameter."""
+    model.zero_grad()
+    x = x.detach().requires_grad_()
+    loss, y = _loss_and_y(model, x)
+    loss.backward()
+    assert x.grad is not None
+    found = {"y": y.detach(), "dx": x.grad, **dict(_gradients(model))}
+    model.zero_grad()
+    return found
+
+
+def _gradients(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            yield name, p.grad
+
+
+def _loss_and_y(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of made-up next tokens where there is a head, else the mean of squares."""
+    out = model(inputs_embeds=x)
+    if not hasattr(out, "logits"):
+        y: Tensor = out.last_hidden_state
+        return y.square().mean(), y
+    y = out.logits
+    labels = torch.arange(y.shape[1], device=y.device) * 7919 % y.shape[2]
+    return nn.functional.cross_entropy(
+        y[0].float() if y.dtype != torch.float64 else y[0], labels
+    ), y
