@@ -127,7 +127,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         args.suite = list(NAMES)
     given = [n for n in ("layers", "m", "r", "providers") if getattr(args, n)]
     if given and args.suite != [LAYER]:
-        parser.error(f"--{given[0]} selects cases of the suite layer, got --suite {args.suite}")
+        parser.error(
+            f"--{given[0]} selects cases of the suite layer, got --suite {' '.join(args.suite)}"
+        )
     return args
 
 

@@ -209,7 +209,7 @@ def assert_close_together(
     for mine, true, plain in zip(got, truth, baseline, strict=True):
         assert mine.keys() == true.keys() == plain.keys()
         for name, exact in true.items():
-            error, allowed = ((t[name].double() - exact).abs().mean() for t in (mine, plain))
+            error, allowed = (float((t[name].double() - exact).abs().mean()) for t in (mine, plain))
             eps, largest = torch.finfo(plain[name].dtype).eps, exact.abs().max().item()
             floor = eps * largest / 4
             half_of_the_digits = (largest * max(allowed, floor)) ** 0.5

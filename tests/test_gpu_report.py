@@ -16,10 +16,11 @@ from rich.console import Console
 from benchmarks import gpu_report
 from benchmarks.__main__ import cases_of, parse
 from benchmarks.goals import goal_rows
-from benchmarks.gpu_report import Part
-from benchmarks.record import Results
+from benchmarks.parts import Part, merged, run_parts
+from benchmarks.record import Results, SuiteRecord
 from benchmarks.run import Settings, run
-from benchmarks.shapes import GPU_LAYERS, Case, Layer, gpu_cases
+from benchmarks.shapes import DTYPES, GPU_LAYERS, Case, Layer, gpu_cases
+from benchmarks.suites import SUITES
 
 TINY = Case(Layer("tiny", "layer", 32, 24), "fp32", 4, 4)
 
@@ -41,26 +42,39 @@ def test_a_part_that_crashes_or_hangs_costs_only_itself(measured: Path) -> None:
         part("layers fp16", "import os; print('illegal address', flush=True); os._exit(139)"),
         part("layers fp32", "import time; time.sleep(60)", seconds=0.5),
     ]
-    printed, failed = gpu_report.run_parts(todo, Console(quiet=True))
+    printed, failed = run_parts(todo, Console(quiet=True))
     assert failed == [
         "layers fp16 (exit status 139: illegal address)",
         "layers fp32 (not done after 0 s)",
     ]
-    results = gpu_report.merged(todo, printed, failed)
+    results = merged(todo, failed)
     assert results is not None and results.records
     assert results.skipped[-2:] == failed
-    assert results.machine["doctor"] == ["everything is right"]
+    assert printed["doctor"] == "everything is right\n"
+
+
+def test_parts_come_together(measured: Path, tmp_path: Path) -> None:
+    other = Results.load(measured)
+    other.suites = [SuiteRecord("kernel", "item", {"M": 1}, "fp32", "F", "ours", "torch", "ok", "")]
+    other.save(tmp_path / "kernel.json")
+    todo = [part("layers", "", result=measured), part("k", "", result=tmp_path / "kernel.json")]
+    whole = merged(todo, ["one sentence"])
+    assert whole is not None and whole.suites == other.suites
+    assert len(whole.records) == 2 * len(other.records) and whole.skipped == ["one sentence"]
 
 
 def test_the_report_is_one_json_and_one_page(
     measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    doctor = part("doctor", "print('everything is right')")
     monkeypatch.setattr(
-        gpu_report, "parts", lambda device, folder: [part("layers", "", result=measured)]
+        gpu_report, "parts", lambda device, folder: [doctor, part("layers", "", result=measured)]
     )
     json_path, html_path = tmp_path / "out.json", tmp_path / "out.html"
     assert gpu_report.main("cuda", json_path, html_path, Console(quiet=True)) == 0
-    assert Results.load(json_path).settings["mode"] == "gpu-report"
+    results = Results.load(json_path)
+    assert results.settings["mode"] == "gpu-report"
+    assert results.machine["doctor"] == ["everything is right"]
     assert "tiny" in html_path.read_text()
 
 
@@ -75,10 +89,16 @@ def test_nothing_measured_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_parts_fit_in_fifteen_minutes(tmp_path: Path) -> None:
     todo = gpu_report.parts("cuda", tmp_path)
     assert sum(p.seconds for p in todo) <= 15 * 60
+    suites = []
     for p in todo[1:]:
         args = parse(list(p.command[3:]))
         assert args.device == "cuda" and args.json == p.result
-        assert {case.dtype for case in cases_of(args)} == set(args.dtype)
+        assert 0 < args.budget < p.seconds
+        (suite,) = args.suite
+        suites.append(suite)
+        if suite == "layer":
+            assert {case.dtype for case in cases_of(args)} == set(args.dtype)
+    assert suites == ["layer"] * len(DTYPES) + list(SUITES)
 
 
 def test_gpu_cases_begin_with_training_sizes_and_reach_every_layer() -> None:

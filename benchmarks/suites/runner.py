@@ -34,6 +34,9 @@ def run_suite(
     torch.set_num_threads(settings.threads)
     deadline = math.inf if settings.budget_s is None else time.monotonic() + settings.budget_s
     items = list(suite.items(request))
+    if not items:
+        asked = f"{'full' if request.full else 'quick'}, {', '.join(request.dtypes)}"
+        results.skipped.append(f"{suite.name} (it has no items for {asked} on {request.device})")
     with progress:
         progress.start(len(items))
         for item in items:

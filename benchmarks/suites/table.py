@@ -37,7 +37,7 @@ def print_suites(console: Console, records: Sequence[SuiteRecord]) -> None:
         for dtype, pass_ in dict.fromkeys((r.dtype, r.pass_) for r in own):
             part = [r for r in own if (r.dtype, r.pass_) == (dtype, pass_) and r.status == OK]
             if part:
-                console.print(_table(suite, dtype, pass_, part))
+                _print_table(console, suite, dtype, pass_, part)
         for line in dict.fromkeys(
             f"[bold red]{r.status.upper()}[/] {r.provider} on {suite}: {row_of(r)} {r.dtype}: "
             f"{r.message}"
@@ -87,12 +87,12 @@ def _competes(rival: str, ours: str) -> bool:
     return same_kind and same_adapters and bare not in NOT_RIVALS and not bare.startswith(OURS)
 
 
-def _table(suite: str, dtype: str, pass_: str, part: Sequence[SuiteRecord]) -> Table:
+def _print_table(
+    console: Console, suite: str, dtype: str, pass_: str, part: Sequence[SuiteRecord]
+) -> None:
     unit, cell = _cells_of(suite, part)
-    table = Table(
-        title=f"{suite}, {dtype}, {pass_}: {unit}", title_justify="left", box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )  # fmt: skip
+    console.print(f"\n[bold]{suite}, {dtype}, {pass_}[/]: {unit}", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     names = list(dict.fromkeys(r.provider for r in part))
     table.add_column("item", overflow="fold")
     for name in names:
@@ -103,7 +103,7 @@ def _table(suite: str, dtype: str, pass_: str, part: Sequence[SuiteRecord]) -> T
         by_row[row_of(r)][r.provider] = r
     for row, cells in by_row.items():
         table.add_row(row, *(cell(cells[name]) if name in cells else "-" for name in names))
-    return table
+    console.print(table)
 
 
 def _cells_of(suite: str, part: Sequence[SuiteRecord]) -> tuple[str, Callable[[SuiteRecord], str]]:

@@ -18,7 +18,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,20 @@ class Network:
         return model.to(device)
 
 
+class Data(NamedTuple):
+    """x [1, M, width], what the blocks get; dy [1, M, width], what their output's gradient is.
+
+    A loss such as the mean of squares would not do for that: behind a normalisation it hardly
+    depends on x, and its gradient is but rounding.
+    """
+
+    x: Tensor
+    dy: Tensor
+
+    def to(self, dtype: torch.dtype) -> Data:
+        return Data(self.x.to(dtype), self.dy.to(dtype))
+
+
 def item_of(network: Network, dtype: str, M: int, device: str) -> Item:
     return Item(
         name=network.name,
@@ -106,31 +120,36 @@ def item_of(network: Network, dtype: str, M: int, device: str) -> Item:
 
 def makers_of(network: Network, dtype: torch.dtype, M: int, device: str) -> Makers:
     """fp32 adapters over a base of lower precision (PEFT's default) and adapters in its dtype."""
-    x = torch.randn(1, M, network.width, generator=torch.Generator().manual_seed(1))
-    x = x.to(dtype).to(device)
+    generator = torch.Generator().manual_seed(1)
+    x, dy = (torch.randn(1, M, network.width, generator=generator).to(device) for _ in range(2))
+    data = Data(x, dy).to(dtype)
     stock = functools.partial(network.adapted, dtype, device)
-    references = functools.cache(partial(_references, partial(stock, dtype), x))
-    plain = {FROZEN: partial(_stock, network, False, x), FULL: partial(_stock, network, True, x)}
+    references = functools.cache(partial(_references, partial(stock, dtype), data))
+    plain = {
+        FROZEN: partial(_stock, network, False, data),
+        FULL: partial(_stock, network, True, data),
+    }
     makers: dict[str, Callable[[], Ready]] = dict(plain)
     for suffix, adapters in (("", dtype), ("-fp32", torch.float32)):
         if suffix and adapters == dtype:
             continue
         for name, fused in ((PEFT, False), (OURS, True)):
             makers[name + suffix] = partial(
-                _adapted, partial(stock, adapters), fused, x, references
+                _adapted, partial(stock, adapters), fused, data, references
             )
     return makers
 
 
-def _stock(network: Network, trained: bool, x: Tensor) -> Ready:
+def _stock(network: Network, trained: bool, data: Data) -> Ready:
+    x = data.x
     model = network.build().to(x.dtype).to(x.device).requires_grad_(trained)
-    return _ready(model, x, lambda: Verdict(OK, "unchecked: the stock network itself"))
+    return _ready(model, data, lambda: Verdict(OK, "unchecked: the stock network itself"))
 
 
 def _adapted(
     build: Callable[[], nn.Module],
     fused: bool,
-    x: Tensor,
+    data: Data,
     references: Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]],
 ) -> Ready:
     model = build()
@@ -144,26 +163,26 @@ def _adapted(
     def check() -> Verdict:
         truth, baseline = references()
         try:
-            ratio = assert_close_together([outputs_of(model, x)], [truth], [baseline])
+            ratio = assert_close_together([outputs_of(model, data)], [truth], [baseline])
         except AssertionError as error:
             return Verdict(WRONG, str(error))
         return Verdict(OK, error_ratios={"all": ratio})
 
-    return _ready(model, x, check)
+    return _ready(model, data, check)
 
 
-def _ready(model: nn.Module, x: Tensor, check: Callable[[], Verdict]) -> Ready:
-    x = x.detach().requires_grad_()
+def _ready(model: nn.Module, data: Data, check: Callable[[], Verdict]) -> Ready:
+    x, dy = data.x.detach().requires_grad_(), data.dy
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
 
     def forward() -> None:
         with torch.no_grad():
-            _loss_and_y(model, x)
+            _loss_and_y(model, x, dy)
 
     def step() -> None:
         x.grad = None
-        _loss_and_y(model, x)[0].backward()
+        _loss_and_y(model, x, dy)[0].backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
@@ -177,19 +196,19 @@ def _ready(model: nn.Module, x: Tensor, check: Callable[[], Verdict]) -> Ready:
 
 
 def _references(
-    build: Callable[[], nn.Module], x: Tensor
+    build: Callable[[], nn.Module], data: Data
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Stock PEFT in float64, and in the dtype of x."""
+    """Stock PEFT in float64, and in the dtype of the data."""
     model = build()
-    baseline = outputs_of(model, x)
-    return outputs_of(copy.deepcopy(model).double(), x.double()), baseline
+    baseline = outputs_of(model, data)
+    return outputs_of(copy.deepcopy(model).double(), data.to(torch.float64)), baseline
 
 
-def outputs_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def outputs_of(model: nn.Module, data: Data) -> dict[str, Tensor]:
     """y (last hidden states or logits), dx, and the gradient of every trained parameter."""
     model.zero_grad()
-    x = x.detach().requires_grad_()
-    loss, y = _loss_and_y(model, x)
+    x = data.x.detach().requires_grad_()
+    loss, y = _loss_and_y(model, x, data.dy)
     loss.backward()
     assert x.grad is not None
     found = {"y": y.detach(), "dx": x.grad, **dict(_gradients(model))}
@@ -203,14 +222,13 @@ def _gradients(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, p.grad
 
 
-def _loss_and_y(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy of made-up next tokens where there is a head, else the mean of squares."""
+def _loss_and_y(model: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of made-up next tokens where there is a head, else Σ y · dy."""
     out = model(inputs_embeds=x)
     if not hasattr(out, "logits"):
         y: Tensor = out.last_hidden_state
-        return y.square().mean(), y
+        return (y * dy).sum(), y
     y = out.logits
-    labels = torch.arange(y.shape[1], device=y.device) * 7919 % y.shape[2]
-    return nn.functional.cross_entropy(
-        y[0].float() if y.dtype != torch.float64 else y[0], labels
-    ), y
+    logits = y[0] if y.dtype == torch.float64 else y[0].float()
+    labels = torch.arange(logits.shape[0], device=y.device) * 7919 % logits.shape[1]
+    return nn.functional.cross_entropy(logits, labels), y
