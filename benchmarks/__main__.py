@@ -125,10 +125,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if "all" in args.suite:
         args.suite = list(NAMES)
-    given = [n for n in ("layers", "m", "r", "providers") if getattr(args, n)]
+    given = [n for n in ("layers", "m", "r", "providers", "cold") if getattr(args, n)]
     if given and args.suite != [LAYER]:
         parser.error(
-            f"--{given[0]} selects cases of the suite layer, got --suite {' '.join(args.suite)}"
+            f"--{given[0]} is for the suite layer alone, got --suite {' '.join(args.suite)}"
         )
     return args
 

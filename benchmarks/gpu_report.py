@@ -62,7 +62,7 @@ def main(device: str, json_path: Path, html_path: Path, console: Console) -> int
     if results is None:
         console.print("[red]nothing was measured:[/] " + "; ".join(failed), highlight=False)
         return 1
-    results.settings["mode"] = "gpu-report"
+    results.settings |= {"mode": "gpu-report", "suites": ["layer", *SUITES]}
     results.machine["doctor"] = printed.get("doctor", "").splitlines()
     results.save(json_path)
     goals = goal_rows(results)

@@ -209,9 +209,11 @@ def test_command_line_names_suites() -> None:
 
 
 def test_options_of_the_layers_are_refused_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse(["--suite", "kernel", "--m", "4"])
-    assert "--m selects cases of the suite layer, got --suite kernel" in capsys.readouterr().err
+    for option in (["--m", "4"], ["--cold"]):
+        with pytest.raises(SystemExit):
+            parse(["--suite", "kernel", "group", *option])
+        sentence = f"{option[0]} is for the suite layer alone, got --suite kernel group"
+        assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SUITES)
