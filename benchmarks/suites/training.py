@@ -55,8 +55,8 @@ class Network:
     vocabulary: int
     head: bool
 
-    def build(self) -> nn.Module:
-        """In fp32 on the CPU, without dropout; the same weights every time."""
+    def build(self, dtype: torch.dtype) -> nn.Module:
+        """On the CPU, without dropout; the same weights every time."""
         transformers: Any = importlib.import_module("transformers")
         torch.manual_seed(0)
         shared = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": self.vocabulary}
@@ -74,19 +74,21 @@ class Network:
                 tie_word_embeddings=True, **shared,
             )  # fmt: skip
             kind = transformers.LlamaForCausalLM if self.head else transformers.LlamaModel
-        model: nn.Module = kind(config).train()
+        model: nn.Module = kind(config).to(dtype).train()
         return model
 
-    def adapted(self, dtype: torch.dtype, device: str, adapters: torch.dtype) -> nn.Module:
-        """Under stock PEFT. adapters: their dtype."""
+    def adapted(self, base: nn.Module, device: str, adapters: torch.dtype) -> nn.Module:
+        """A copy of `base` under stock PEFT, the same every time. adapters: their dtype."""
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(
             r=RANK, lora_alpha=2 * RANK, target_modules=_TARGETS[self.family],
             init_lora_weights=False, fan_in_fan_out=self.family == "gpt2",
         )  # fmt: skip
-        base: Any = self.build().to(dtype)
-        model = get_peft_model(base, config, autocast_adapter_dtype=adapters != dtype)
+        torch.manual_seed(1)
+        own: Any = copy.deepcopy(base)
+        dtype = own.dtype
+        model = get_peft_model(own, config, autocast_adapter_dtype=adapters != dtype)
         for p in model.parameters():
             if p.requires_grad:
                 p.data = p.data.to(dtype).to(adapters)
@@ -123,11 +125,12 @@ def makers_of(network: Network, dtype: torch.dtype, M: int, device: str) -> Make
     generator = torch.Generator().manual_seed(1)
     x, dy = (torch.randn(1, M, network.width, generator=generator).to(device) for _ in range(2))
     data = Data(x, dy).to(dtype)
-    stock = functools.partial(network.adapted, dtype, device)
+    base = network.build(dtype)
+    stock = partial(network.adapted, base, device)
     references = functools.cache(partial(_references, partial(stock, dtype), data))
     plain = {
-        FROZEN: partial(_stock, network, False, data),
-        FULL: partial(_stock, network, True, data),
+        FROZEN: partial(_stock, base, False, data),
+        FULL: partial(_stock, base, True, data),
     }
     makers: dict[str, Callable[[], Ready]] = dict(plain)
     for suffix, adapters in (("", dtype), ("-fp32", torch.float32)):
@@ -140,9 +143,8 @@ def makers_of(network: Network, dtype: torch.dtype, M: int, device: str) -> Make
     return makers
 
 
-def _stock(network: Network, trained: bool, data: Data) -> Ready:
-    x = data.x
-    model = network.build().to(x.dtype).to(x.device).requires_grad_(trained)
+def _stock(base: nn.Module, trained: bool, data: Data) -> Ready:
+    model = copy.deepcopy(base).to(data.x.device).requires_grad_(trained)
     return _ready(model, data, lambda: Verdict(OK, "unchecked: the stock network itself"))
 
 
