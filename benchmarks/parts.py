@@ -66,5 +66,7 @@ def merged(todo: Sequence[Part], failed: Sequence[str]) -> Results | None:
         whole.memory += other.memory
         whole.suites += other.suites
         whole.skipped += other.skipped
+        if "after" in other.machine:
+            whole.machine["after"] = other.machine["after"]
     whole.skipped += failed
     return whole

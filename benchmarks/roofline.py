@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.providers import FROZEN
-from benchmarks.record import Record, Results
+from benchmarks.record import Record, Results, SuiteRecord
 from benchmarks.shapes import DTYPES, FORWARD
 from benchmarks.summary import GOAL_RANK, in_order, m_class
 from benchmarks.timing import geometric_mean
@@ -94,6 +94,16 @@ def percent_of(machine: Mapping[str, Any], record: Record, lora: bool) -> float 
     if point is None or roofs is None:
         return None
     return 100 * point.gflops / roofs.gflops_at(point.intensity)
+
+
+def percent_of_item(machine: Mapping[str, Any], record: SuiteRecord) -> float | None:
+    """roof_percent of a record of another suite.
+
+    None where it has no work: by one roof alone a call that it does not bind would look slow.
+    """
+    if not (record.median_us and record.flops and record.bytes_moved):
+        return None
+    return roof_percent(machine, record.dtype, record.flops, record.bytes_moved, record.median_us)
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from benchmarks.numerics import Expected, judge
 from benchmarks.progress import Progress
 from benchmarks.record import ERROR, OK, WRONG, Results, SuiteRecord
 from benchmarks.report import write_report
+from benchmarks.roofline import percent_of_item
 from benchmarks.run import Settings, new_results
 from benchmarks.shapes import DTYPES
 from benchmarks.suites import SUITES, command, runner
 from benchmarks.suites.item import Item, Memory, Ready, Request, Suite, Work
-from benchmarks.suites.roof import roof_percent
 from benchmarks.suites.table import losses, print_suites
 from benchmarks.timing import Pace
 
@@ -166,11 +166,11 @@ def record(provider: str, samples: list[float], **changes) -> SuiteRecord:
 def test_roof_is_the_slower_of_arithmetic_and_memory() -> None:
     machine = {"gemm_gflops": {"fp32": 100.0}, "copy_gbytes": 10.0}
     slow = record("ours", [4.0], flops=100_000, bytes_moved=20_000)
-    assert roof_percent(machine, slow) == pytest.approx(50)  # 1 µs of arithmetic, 2 of memory
-    assert roof_percent(machine, replace(slow, bytes_moved=5_000)) == pytest.approx(25)
-    assert roof_percent({"gemm_gflops": {"fp32": 100.0}}, slow) is None
-    assert roof_percent(machine, replace(slow, dtype="fp16")) is None
-    assert roof_percent(machine, replace(slow, flops=None)) is None
+    assert percent_of_item(machine, slow) == pytest.approx(50)  # 1 µs of arithmetic, 2 of memory
+    assert percent_of_item(machine, replace(slow, bytes_moved=5_000)) == pytest.approx(25)
+    assert percent_of_item({"gemm_gflops": {"fp32": 100.0}}, slow) is None
+    assert percent_of_item(machine, replace(slow, dtype="fp16")) is None
+    assert percent_of_item(machine, replace(slow, flops=None)) is None
 
 
 def test_losses_are_to_what_computes_the_same() -> None:

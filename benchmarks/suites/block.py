@@ -41,4 +41,6 @@ def _sizes(request: Request, dtype: str) -> Iterator[tuple[Network, int]]:
         yield from _QUICK[dtype]
 
 
-SUITE = Suite("block", "One block of a decoder: forward and training step, by PEFT", 120, items)
+SUITE = Suite(
+    "block", "One block of a decoder: forward and training step, by PEFT", 120, items, eager=True
+)  # fmt: skip

@@ -78,9 +78,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Suite:
-    """quick_seconds: after so many no item of a quick run starts any more."""
+    """quick_seconds: after so many no item of a quick run starts any more.
+
+    eager: on a GPU timed by the wall clock, launches included, and not as a CUDA graph.
+    """
 
     name: str
     about: str
     quick_seconds: float
     items: Callable[[Request], Iterable[Item]]
+    eager: bool = False

@@ -7,9 +7,10 @@ from functools import partial
 
 from benchmarks.numerics import Checker
 from benchmarks.providers import PROVIDERS, Built, Provider
+from benchmarks.roofline import layer_bytes
 from benchmarks.shapes import FORWARD, Case, flops
 from benchmarks.suites.item import Makers, Ready, Work
-from benchmarks.tensors import TORCH_DTYPES, CaseTensors, make_tensors
+from benchmarks.tensors import CaseTensors, make_tensors
 
 
 def present(names: Sequence[str], device: str) -> list[Provider]:
@@ -45,15 +46,10 @@ def ready_of(
 
 
 def layer_work(case: Case, R: int, pass_: str) -> Work:
-    """Of a LoRA layer (R = 0: the frozen one), each tensor read or written once a pass.
-
-    Forward x, w, a, b and y; backward dy, w, a, b, dx and, for da and db, x again, da and db.
-    """
+    """Of a LoRA layer (R = 0: the frozen one)."""
     M, K, N = case.M, case.layer.K, case.layer.N
-    elements = forward = M * K + M * N + K * N + R * (K + N)
-    if pass_ != FORWARD:
-        elements = 2 * forward + (M * K + R * (K + N) if R else 0)
-    return Work(flops(case.layer, M, R, pass_), elements * TORCH_DTYPES[case.dtype].itemsize)
+    moved = layer_bytes(M, K, N, R, case.dtype, pass_)
+    return Work(flops(case.layer, M, R, pass_), moved)
 
 
 def shape_of(case: Case) -> dict[str, int]:

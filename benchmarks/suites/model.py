@@ -29,4 +29,6 @@ def _sizes(request: Request, dtype: str) -> Iterator[tuple[Network, int]]:
         yield from _QUICK[dtype]
 
 
-SUITE = Suite("model", "Small models: forward and training step with a loss, by PEFT", 200, items)
+SUITE = Suite(
+    "model", "Small models: forward and training step with a loss, by PEFT", 200, items, eager=True
+)  # fmt: skip

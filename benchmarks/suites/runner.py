@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.progress import Progress
 from benchmarks.record import ERROR, OK, Results, SuiteRecord
+from benchmarks.roofline import percent_of_item
 from benchmarks.run import Settings
 from benchmarks.suites.item import Item, Ready, Request, Suite
-from benchmarks.suites.roof import roof_percent
-from benchmarks.timing import clock_for, interleaved, pace_of
+from benchmarks.timing import clock_for, interleaved, pace_of, remark
 
 FEWEST_ROUNDS = 5
 """An item for which fewer fit into the time is left out; with more, up to what was asked for."""
@@ -32,6 +33,7 @@ def run_suite(
 ) -> None:
     """Adds the records of a suite. The results so far are saved after every item."""
     torch.set_num_threads(settings.threads)
+    settings = replace(settings, eager=settings.eager or suite.eager)
     deadline = math.inf if settings.budget_s is None else time.monotonic() + settings.budget_s
     items = list(suite.items(request))
     if not items:
@@ -119,7 +121,7 @@ def _time(
     deadline: float,
 ) -> bool:
     """Times all passes. False, and nothing timed, if too few rounds fit into the time."""
-    clock = clock_for(settings.threads, settings.device)
+    clock = clock_for(settings.threads, settings.device, settings.eager)
     calls = {p: {name: built.calls[p] for name, built in ready.items()} for p in item.passes}
     started = time.monotonic()
     paces = {p: {n: pace_of(call, clock) for n, call in calls[p].items()} for p in item.passes}
@@ -136,7 +138,9 @@ def _time(
         for name, values in samples.items():
             record = records[name, pass_]
             record.set_times(paces[pass_][name].repeats, values, samples[item.base])
-            record.roof_percent = roof_percent(machine, record)
+            record.roof_percent = percent_of_item(machine, record)
+            remarks = (record.message, remark(clock, calls[pass_][name]))
+            record.message = "; ".join(said for said in remarks if said)
     return True
 
 
