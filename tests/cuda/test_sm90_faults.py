@@ -68,12 +68,12 @@ FINDINGS = [
         "full-wait", LONG, WAIT, 1, r"mov.u32 \g<1>, 1;", "in-flight|uninit", "wgmma", "wgmma", LATE
     ),
     Fault("rank-wait", LONG, WAIT, 2, r"mov.u32 \g<1>, 1;", "deadlock", "try_wait", "ptx"),
-    Fault("empty-wait", LONG, WAIT, 6, r"mov.u32 \g<1>, 1;", "race|in-flight", LOAD, "ptx", SLOW),
+    Fault("empty-wait", LONG, WAIT, 8, r"mov.u32 \g<1>, 1;", "race|in-flight", LOAD, "ptx", SLOW),
     Fault(
         "announced-wait",
         PAIR,
         WAIT,
-        -1,
+        7,
         r"mov.u32 \g<1>, 1;",
         "uninit|race",
         "ld.shared",
@@ -121,7 +121,7 @@ FINDINGS = [
     ),
     # accumulators
     Fault("wgmma-fence", SPLIT, FENCE, 0, "", "missing-fence", "wgmma", "wgmma"),
-    Fault("accumulator-unwaited", SPLIT, WAIT_ALL, 3, "", "in-flight", "fma", "epilogue", LATE),
+    Fault("accumulator-unwaited", SPLIT, WAIT_ALL, 2, "", "in-flight", "fma", "epilogue", LATE),
     Fault(
         "accumulates-garbage",
         SPLIT,
