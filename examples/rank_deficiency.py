@@ -19,7 +19,7 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from examples.finetune_encoder import LEARNING_RATE, build, encode
+from examples.finetune_encoder import build, encode, training_step
 from examples.side_by_side import need, quiet_and_offline
 from examples.stdlib_text import MODULES, labelled_docstrings
 from lora_fused.analysis import Amplification, amplification, subspace_similarity
@@ -73,20 +73,8 @@ def _trained(
     data = encode(AutoTokenizer.from_pretrained(get_model_path()), pairs, LENGTH)
     model = build(names, argparse.Namespace(rank=rank, lora_dropout=0.0), seed, ALPHA)
     accelerate(model, verbose=False)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps + 1)
-    order = torch.Generator().manual_seed(seed)
-    losses = []
-    for _ in range(steps):
-        rows = torch.randint(len(data["labels"]), (BATCH,), generator=order)
-        loss = model(**{name: t[rows] for name, t in data.items()}).loss
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+    step = training_step(model, data, steps, seed)
+    losses = [step() for _ in range(steps)]
     attention = model.base_model.model.bert.encoder.layer[LAYER].attention.self
     last = losses[-10:]
     return {name: getattr(attention, name) for name in PROJECTIONS}, sum(last) / len(last)

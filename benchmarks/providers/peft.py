@@ -1,5 +1,7 @@
 """Hugging Face PEFT: its LoRA layer around an nn.Linear, or around GPT-2's Conv1D."""
 
+from typing import Any
+
 from torch import nn
 
 from benchmarks.providers.plain import frozen_linear
@@ -19,10 +21,10 @@ def layer(t: CaseTensors, dropout: float) -> Call:
         fan_in_fan_out=t.fan_in_fan_out,
     )
     model = inject_adapter_in_model(config, nn.ModuleDict({"layer": _base(t)}))
-    layer = model["layer"]  # type: ignore[index]
-    layer.lora_A["default"].weight = t.a
-    layer.lora_B["default"].weight = t.b
-    return layer.train()
+    projection: Any = model.get_submodule("layer")
+    projection.lora_A["default"].weight = t.a
+    projection.lora_B["default"].weight = t.b
+    return projection.train()
 
 
 def _base(t: CaseTensors) -> nn.Module:

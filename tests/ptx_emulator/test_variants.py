@@ -157,7 +157,7 @@ def test_memory(form: str) -> None:
     count, unit = int(match[1] or 1), int(match[2])
     registers = [f"{REGISTER[unit]}{20 + i}" for i in range(count)]
     operand = registers[0] if count == 1 else "{" + ", ".join(registers) + "}"
-    space = re.search(r"global|shared|local", form)[0]  # type: ignore[index]
+    space = next(name for name in ("global", "shared", "local") if name in form)
     place = {"global": "%a2", "shared": "smem", "local": "stack"}[space]
     words = range(0, 16, 4)
     each = list(zip(registers, range(0, 16, unit // 8), strict=False))
