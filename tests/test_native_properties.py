@@ -113,6 +113,27 @@ def test_matmul(problem: Problem) -> None:
     compared.check("y")
 
 
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("threshold", [0, 3277])
+def test_few_tokens_read_weight_and_adapter_either_way(
+    isa: str, dtype: torch.dtype, threshold: int
+) -> None:
+    """Ranks below, at and beyond a block of the kernels, columns that fill no vector."""
+    K, N = 300, 70
+    lies = ("contiguous", "columns")
+    for M, R in itertools.product((1, 2, 3, 4, 5, 8, 9, 16, 17), (1, 31, 32, 33, 70)):
+        compared = Comparison(product, dtype)
+        for i, (of_w, of_l) in itertools.product(repeats(M * N), itertools.product(lies, lies)):
+            x, s = normal(M, K, dtype, 10 * i), normal(M, R, dtype, 10 * i + 2)
+            w = place(normal(N, K, dtype, 10 * i + 1, K), of_w).t()
+            l = place(normal(N, R, dtype, 10 * i + 3, R), of_l).t()
+            y = matmul(isa, x, w, s, l, seed=i, threshold=threshold)
+            keep = reference.keep_mask(i, M, N, threshold / 65536) if threshold else None
+            compared.add(y, x, w, s, l, keep=keep)
+        compared.check(f"y, M = {M}, R = {R}")
+
+
 @deterministic
 @random_problems
 def test_shrink(problem: Problem) -> None:
