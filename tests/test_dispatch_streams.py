@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 
 from lora_fused import LoRAWeights, dispatch, gpu_store, gpu_tuning, lora_linear_group
-from lora_fused.config import Config
 from lora_fused.devices import DEVICES
-from lora_fused.testing import make_case
 from tests import fake_backend
-from tests.gpu_double import Clock, pretended_gpu
+from tests.gpu_double import Clock, config_of
 
-
-@pytest.fixture(autouse=True)
-def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setenv("LORA_FUSED_CACHE_DIR", str(tmp_path))
-    with pretended_gpu():
-        yield
+pytestmark = pytest.mark.usefixtures("gpu")
 
 
 @pytest.fixture
@@ -47,12 +37,6 @@ def decided(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def on_another_stream(patch: pytest.MonkeyPatch, other: bool = True) -> None:
     patch.setattr(gpu_tuning, "may_measure", lambda where: not other)
-
-
-def config_of(M: int = 24) -> Config:
-    case = make_case(M, 64, 48, 16, torch.bfloat16)
-    tensors = [t.requires_grad_() for t in (case.x, case.weight, case.lora_A, case.lora_B)]
-    return dispatch.route_for(*tensors, None, False, "auto").config
 
 
 def test_nothing_is_measured_under_capture_but_later(monkeypatch: pytest.MonkeyPatch) -> None:
