@@ -32,6 +32,7 @@ from benchmarks.suites import SUITES
 from benchmarks.suites.command import (
     CLAIMS,
     LAYER,
+    MEMORY,
     NAMES,
     run_in_fresh_processes,
     run_suites,
@@ -43,6 +44,10 @@ from benchmarks.table import print_header, print_results
 LOCAL = Path(__file__).parent / "results" / "local"
 MODEL_COLUMNS = 170  # of the modelled table, on terminals too narrow for it and in files
 SUITE_COLUMNS = 150  # likewise, of the suites' tables
+_OWN_OPTIONS = {
+    "layers": {LAYER}, "m": {LAYER}, "r": {LAYER}, "cold": {LAYER}, "providers": {LAYER, MEMORY},
+}  # fmt: skip
+"""Options that only some suites know."""
 QUICK_BUDGET_S = 255.0  # with imports, tables and the report: below five minutes
 
 
@@ -125,11 +130,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if "all" in args.suite:
         args.suite = list(NAMES)
-    given = [n for n in ("layers", "m", "r", "providers", "cold") if getattr(args, n)]
-    if given and args.suite != [LAYER]:
-        parser.error(
-            f"--{given[0]} is for the suite layer alone, got --suite {' '.join(args.suite)}"
-        )
+    for name, suites in _OWN_OPTIONS.items():
+        if getattr(args, name) and not set(args.suite) <= suites:
+            words = " and ".join(sorted(suites))
+            wrong = f"--{name} is for the suite{'s' * (len(suites) > 1)} {words} alone"
+            parser.error(f"{wrong}, got --suite {' '.join(args.suite)}")
     return args
 
 
@@ -222,9 +227,10 @@ def measure(
     if LAYER in names:
         results = measure_layers(args, settings, json_path, console)
     else:
-        results = new_results(settings)
+        results = new_results(settings, named(args.providers))
         print_header(console, results)
-    request = Request(args.full, args.device, tuple(args.dtype or DTYPES))
+    chosen = tuple(args.providers) if args.providers else None
+    request = Request(args.full, args.device, tuple(args.dtype or DTYPES), chosen)
     others = [name for name in names if name != LAYER]
     run_suites(others, request, settings, results, console, json_path)
     return results

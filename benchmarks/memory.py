@@ -16,13 +16,23 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.providers import FROZEN, OURS, PEFT, PREPACKED, PROVIDERS, SMART, Built
+from benchmarks.providers import (
+    ALL_PROVIDERS,
+    FROZEN,
+    OURS,
+    PEFT,
+    PREPACKED,
+    SMART,
+    Built,
+    NotServed,
+)
 from benchmarks.record import MemoryRecord
 from benchmarks.shapes import Case, Layer
 from benchmarks.tensors import make_tensors
 
 SECTION_CASE = Case(Layer("llama-3.2-1b", "q", 2048, 2048), "bf16", 2048, 16, (0.05,))
 SECTION_PROVIDERS = (FROZEN, SMART, PEFT, OURS, PREPACKED)
+_NOT_SERVED = "not_served"  # what a process prints in place of a record's fields
 
 
 def allocated_bytes(call: Callable[[], object]) -> tuple[int, int]:
@@ -86,7 +96,7 @@ def _native_stderr_muted() -> Iterator[None]:
 def measure_in_fresh_process(
     provider: str, threads: int, case: Case = SECTION_CASE, device: str = "cpu"
 ) -> MemoryRecord:
-    """One provider of the memory section: fp32 adapters over a low-precision base."""
+    """Any provider, with fp32 adapters. Raises NotServed where it has nothing for the case."""
     command = [sys.executable, "-m", "benchmarks.memory", provider, "--threads", str(threads)]
     command += ["--m", str(case.M), "--k", str(case.layer.K), "--n", str(case.layer.N)]
     command += ["--r", str(case.R), "--dtype", case.dtype, "--dropout", str(case.dropouts[0])]
@@ -103,7 +113,10 @@ def measure_in_fresh_process(
     )
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
-    return MemoryRecord(**json.loads(done.stdout.splitlines()[-1]))
+    found = json.loads(done.stdout.splitlines()[-1])
+    if _NOT_SERVED in found:
+        raise NotServed(found[_NOT_SERVED])
+    return MemoryRecord(**found)
 
 
 def _resident(field: str) -> int | None:
@@ -130,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Peak memory of one provider, as one line of JSON."
     )
-    parser.add_argument("provider", choices=[p.name for p in PROVIDERS])
+    parser.add_argument("provider", choices=[p.name for p in ALL_PROVIDERS])
     for size in ("threads", "m", "k", "n", "r"):
         parser.add_argument(f"--{size}", type=int, required=True)
     parser.add_argument("--dtype", required=True)
@@ -139,7 +152,15 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
-    provider = next(p for p in PROVIDERS if p.name == args.provider)
+    try:
+        print(json.dumps(_measure(args)))
+    except NotServed as reason:
+        print(json.dumps({_NOT_SERVED: str(reason)}))
+
+
+def _measure(args: argparse.Namespace) -> dict[str, object]:
+    """The fields of a MemoryRecord."""
+    provider = next(p for p in ALL_PROVIDERS if p.name == args.provider)
     layer = Layer("memory", "layer", args.k, args.n)
 
     def build(M: int) -> Built:
@@ -147,11 +168,12 @@ def main() -> None:
         tensors = make_tensors(case, adapter_dtype=torch.float32, device=args.device)
         return provider.build(tensors, args.dropout)
 
-    build(4).forward_backward()  # libraries load and set themselves up outside the measurement
     built = build(args.m)
+    # Libraries load and set themselves up, and compilers compile, outside the measurement.
+    (built if provider.compiled else build(4)).forward_backward()
     resident = _resident_peak(built.forward_backward)
     peak, held = peak_and_held(built)
-    print(json.dumps(vars(MemoryRecord(provider.name, peak, held, resident))))
+    return vars(MemoryRecord(provider.name, peak, held, resident))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def suite_records() -> list[SuiteRecord]:
         suite_record("kernel", "shrink", OURS, FROZEN, 1.25),
         suite_record("kernel", "<reduce>", "own & only", FROZEN, 0.5),
         *bad,
-        replace(peak, peak_bytes=5 << 20),
+        replace(peak, peak_bytes=5 << 20, held_bytes=3 << 20, resident_bytes=7 << 20),
     ]
 
 
@@ -297,7 +297,9 @@ def test_a_section_per_suite(page: str) -> None:
     assert "ERROR</b> crash on shrink, bf16, F: no kernel" in kernel
     assert "&lt;reduce&gt;" in kernel and "own &amp; only" in kernel
     memory = section(page, "suite-memory")
-    assert "5.0 MiB" in memory and "bf16, step" in memory
+    for kind, size in (("allocator&#39;s", "5.0"), ("left for", "3.0"), ("resident", "7.0")):
+        assert f"{kind} " in memory and f"{size} MiB" in memory, kind
+    assert "bf16, step" in memory
 
 
 def test_suites_keep_their_order_and_their_own_numbers() -> None:
@@ -310,6 +312,9 @@ def test_suites_keep_their_order_and_their_own_numbers() -> None:
     assert dict(peak.rows)["shrink K=64"] == ["3.0 MiB", "3.0 MiB", "-"]
     assert [r.status for r in kernel.failures] == [WRONG, ERROR]
     assert len(kernel.figures) == 3, "ratios, the roofline, peaks"
-    assert len(memory.figures) == 1
+    assert [table.rows for table in memory.tables] == [
+        [("block", [size])] for size in ("5.0 MiB", "3.0 MiB", "7.0 MiB")
+    ]
+    assert len(memory.figures) == 3
     without_roofs, _ = sections(suite_records(), {"peak_gflops": {}})
     assert len(without_roofs.figures) == 2 and sections([], {}) == []

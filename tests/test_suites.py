@@ -22,7 +22,8 @@ from benchmarks.__main__ import parse
 from benchmarks.goals import goal_rows
 from benchmarks.numerics import Expected, judge
 from benchmarks.progress import Progress
-from benchmarks.record import ERROR, OK, WRONG, Results, SuiteRecord
+from benchmarks.providers import NotServed
+from benchmarks.record import ERROR, NOT_SERVED, OK, WRONG, Results, SuiteRecord
 from benchmarks.report import write_report
 from benchmarks.roofline import percent_of_item
 from benchmarks.run import Settings, new_results
@@ -65,6 +66,10 @@ def crashes_at_its_check() -> Ready:
     return replace(contender(), check=crashing)
 
 
+def has_nothing_for_the_case() -> Ready:
+    raise NotServed("it has no dropout")
+
+
 def item(**makers: Callable[[], Ready]) -> Item:
     return Item("thing", {"M": 4}, "fp32", ("F", "B"), "base", lambda: makers)
 
@@ -97,6 +102,22 @@ def test_what_is_wrong_or_crashes_is_reported_and_not_timed(results: Results, tm
     assert forward.peak_bytes is None and (backward.peak_bytes, backward.held_bytes) == (16, 8)
     results.save(tmp_path / "results.json")
     assert Results.load(tmp_path / "results.json").to_dict() == results.to_dict()
+
+
+def test_what_is_not_served_is_no_failure(results: Results, tmp_path: Path) -> None:
+    def no_memory() -> Memory:
+        raise NotServed("it has no dropout")
+
+    late = partial(replace, contender(), memory=no_memory)
+    run_item(item(base=contender, absent=has_nothing_for_the_case, late=late), results)
+    found = by_provider(results)
+    for name in ("absent", "late"):
+        assert [(r.status, r.message) for r in found[name]] == [
+            (NOT_SERVED, "it has no dropout")
+        ] * 2
+    console = Console(record=True, width=150, file=(tmp_path / "terminal").open("w"))
+    print_suites(console, results.suites)
+    assert "Not served: absent on test: thing M=4 fp32: it has no dropout" in console.export_text()
 
 
 def test_without_its_base_an_item_has_no_times(results: Results) -> None:
@@ -191,7 +212,8 @@ def test_tables_and_the_report_show_it_all(results: Results, tmp_path: Path) -> 
     console = Console(record=True, width=150, file=(tmp_path / "terminal").open("w"))
     print_suites(console, results.suites)
     text = console.export_text()
-    assert "test, fp32, F+B: peak memory above inputs and parameters" in text and "16 B" in text
+    assert "test, fp32, F+B: peak memory above inputs and parameters: allocator / resident" in text
+    assert "16 B" in text
     assert "test, fp32, F: time ÷ base" in text and "WRONG wrong on test: thing M=4" in text
     write_report(results, goal_rows(results), tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size > 1000
@@ -214,6 +236,11 @@ def test_options_of_the_layers_are_refused_elsewhere(capsys: pytest.CaptureFixtu
             parse(["--suite", "kernel", "group", *option])
         sentence = f"{option[0]} is for the suite layer alone, got --suite kernel group"
         assert sentence in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(["--suite", "decode", "--providers", "peers"])
+    sentence = "--providers is for the suites layer and memory alone, got --suite decode"
+    assert sentence in capsys.readouterr().err
+    assert parse(["--suite", "memory", "layer", "--providers", "peers"]).providers == ["peers"]
 
 
 @pytest.mark.parametrize("name", SUITES)

@@ -16,8 +16,9 @@ pytest.importorskip("peft")
 
 from peft.tuners.lora.layer import Linear as PeftLinear
 
-from benchmarks.memory import SECTION_CASE
-from benchmarks.record import OK, WRONG, Results, SuiteRecord
+from benchmarks.memory import SECTION_CASE, SECTION_PROVIDERS, measure_in_fresh_process
+from benchmarks.providers import ALL_PROVIDERS
+from benchmarks.record import NOT_SERVED, OK, WRONG, Results, SuiteRecord
 from benchmarks.run import Settings, new_results
 from benchmarks.shapes import PASSES, Case, Layer
 from benchmarks.suites import (
@@ -32,7 +33,7 @@ from benchmarks.suites import (
     runner,
     training,
 )
-from benchmarks.suites.item import Item, Ready
+from benchmarks.suites.item import Item, Ready, Request
 from benchmarks.suites.training import Network
 from lora_fused.backends import cpu
 
@@ -214,3 +215,40 @@ def test_memory_is_measured_in_processes_and_not_timed(empty: Results) -> None:
     assert set(records) == {("frozen", "F+B"), ("ours", "F+B")}
     for r in records.values():
         assert r.peak_bytes and r.held_bytes and r.peak_bytes >= r.held_bytes
+
+
+def test_memory_of_every_provider_that_can_run(empty: Results) -> None:
+    """On request any, in a full run all but those that are others with fp32 adapters anyway."""
+    asked = {
+        chosen: set(memory.names_of(Request(full, "cpu", ("bf16",), chosen)))
+        for full, chosen in ((False, None), (False, ("loralib", "peers")), (True, ("all",)))
+    }
+    assert asked[None] == set(SECTION_PROVIDERS)
+    assert {"frozen", "loralib", "peft-fp32", "compile-peft", "unsloth"} <= asked[
+        "loralib", "peers"
+    ]
+    assert asked["all",] == {p.name for p in ALL_PROVIDERS}
+    full = set(memory.names_of(Request(True, "cpu", ("bf16",))))
+    assert asked["all",] - full == {"peft-fp32", "ours-fp32"}
+
+
+def test_memory_of_peers_and_forced_strategies(empty: Results) -> None:
+    case = replace(SECTION_CASE, layer=LAYER, M=64)
+    names = ("frozen", "naive", "loralib", "merged", "lycoris", "peft-fp32", "ours-torch")
+    providers = layers.present((*names, "ours-cpu-hybrid"), "cpu")
+    records = records_of(empty, memory._makers(case, providers, "cpu"), ("F+B",), "frozen")
+    for (name, _), r in records.items():
+        if name == "lycoris":
+            assert (r.status, r.message) == (
+                NOT_SERVED, "LyCORIS drops elements of the branch's output, not of x",
+            )  # fmt: skip
+        else:
+            assert r.status == OK and r.peak_bytes and r.held_bytes, (name, r.message)
+    assert {name for name, _ in records} == {p.name for p in providers} >= {"naive", "merged"}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile takes a C++ compiler")
+def test_what_compiling_takes_is_no_part_of_the_memory() -> None:
+    found = measure_in_fresh_process("compile-naive", 1, replace(SECTION_CASE, layer=LAYER, M=64))
+    assert found.peak_bytes > 0
+    assert found.resident_bytes is None or found.resident_bytes < 8 << 20

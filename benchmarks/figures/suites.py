@@ -40,10 +40,15 @@ def ratio_dots(records: Sequence[SuiteRecord], title: str) -> str | None:
     return _dots(timed, title, lambda r: r.ratio or 1.0, f"time ÷ {bases}", log=True)
 
 
-def peak_dots(records: Sequence[SuiteRecord], title: str) -> str | None:
-    """Peak memory."""
-    known = [r for r in records if r.peak_bytes is not None]
-    return _dots(known, title, lambda r: (r.peak_bytes or 0) / _MIB, "peak memory, MiB", log=False)
+def bytes_dots(
+    records: Sequence[SuiteRecord],
+    title: str,
+    value: Callable[[SuiteRecord], int | None],
+    what: str,
+) -> str | None:
+    """One of the kinds of memory."""
+    known = [r for r in records if value(r) is not None]
+    return _dots(known, title, lambda r: (value(r) or 0) / _MIB, f"{what}, MiB", log=False)
 
 
 def _dots(

@@ -60,12 +60,19 @@ PROVIDERS = (
 _FP32 = torch.float32
 PEERS = (
     Provider("merged", "merged weight, no LoRA", plain.merged, lora=False, merged=True),
-    Provider("compile-naive", "torch.compile(naive)", compiled.naive, lacks=compiled.lacks),
+    Provider(
+        "compile-naive",
+        "torch.compile(naive)",
+        compiled.naive,
+        compiled=True,
+        lacks=compiled.lacks,
+    ),
     Provider(
         "compile-peft",
         "torch.compile(PEFT)",
         compiled.peft_layer,
         needs="peft",
+        compiled=True,
         lacks=compiled.lacks,
     ),
     Provider("peft-fp32", "PEFT, fp32 adapters", peft.layer, needs="peft", adapter_dtype=_FP32),

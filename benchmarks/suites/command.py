@@ -17,7 +17,7 @@ from benchmarks.suites import SUITES
 from benchmarks.suites.item import Request
 from benchmarks.suites.runner import run_suite
 
-LAYER, CLAIMS = "layer", "claims"
+LAYER, MEMORY, CLAIMS = "layer", "memory", "claims"
 NAMES = (LAYER, *SUITES, CLAIMS)
 
 

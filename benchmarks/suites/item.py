@@ -69,11 +69,15 @@ class Item:
 
 @dataclass(frozen=True)
 class Request:
-    """What of a suite is asked for. full: every item, else a representative few."""
+    """What of a suite is asked for. full: every item, else a representative few.
+
+    providers: names and groups, for suites that let them be chosen; None: the suite's own.
+    """
 
     full: bool
     device: str
     dtypes: tuple[str, ...]
+    providers: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from benchmarks.numerics import Checker
-from benchmarks.providers import PROVIDERS, Built, Provider
+from benchmarks.providers import ALL_PROVIDERS, Built, Provider
 from benchmarks.roofline import layer_bytes
 from benchmarks.shapes import FORWARD, Case, flops
 from benchmarks.suites.item import Makers, Ready, Work
@@ -15,7 +15,7 @@ from benchmarks.tensors import CaseTensors, make_tensors
 
 def present(names: Sequence[str], device: str) -> list[Provider]:
     """Those of the named providers that can run on the device."""
-    return [p for p in PROVIDERS if p.name in names and p.missing(device) is None]
+    return [p for p in ALL_PROVIDERS if p.name in names and p.missing(device) is None]
 
 
 def makers_of(

@@ -1,7 +1,8 @@
 """Peak memory of a layer's forward + backward, each contender in a process of its own.
 
 The adapters are fp32, as PEFT's are by default. The numerics are checked on few tokens here, before
-the process is started.
+the process is started. A quick run has the contenders of the memory section, a full one all that
+can run; `--providers` names others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import partial
 
 from benchmarks.memory import SECTION_CASE, SECTION_PROVIDERS, measure_in_fresh_process
 from benchmarks.numerics import Checker
-from benchmarks.providers import FROZEN, Provider
+from benchmarks.providers import ALL_PROVIDERS, FROZEN, Provider, named
 from benchmarks.shapes import FORWARD_BACKWARD, Case, Layer
 from benchmarks.suites.item import Item, Makers, Memory, Ready, Request, Suite
 from benchmarks.suites.layers import present, shape_of
@@ -35,7 +36,7 @@ _MORE = (
 
 
 def items(request: Request) -> Iterator[Item]:
-    providers = present(SECTION_PROVIDERS, request.device)
+    providers = present(names_of(request), request.device)
     for case in (*_QUICK, *_MORE) if request.full else _QUICK:
         if case.dtype not in request.dtypes:
             continue
@@ -48,6 +49,14 @@ def items(request: Request) -> Iterator[Item]:
             base=FROZEN,
             contenders=partial(_makers, case, providers, request.device),
         )
+
+
+def names_of(request: Request) -> Sequence[str]:
+    """Who takes part. With fp32 adapters for all, `peft-fp32` is `peft` once more."""
+    if request.providers:
+        return [p.name for p in named(request.providers)]
+    every = [p.name for p in ALL_PROVIDERS if p.adapter_dtype is None]
+    return every if request.full else SECTION_PROVIDERS
 
 
 def _makers(case: Case, providers: Sequence[Provider], device: str) -> Makers:

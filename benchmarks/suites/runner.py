@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.progress import Progress
-from benchmarks.record import ERROR, OK, Results, SuiteRecord
+from benchmarks.providers import NotServed
+from benchmarks.record import ERROR, NOT_SERVED, OK, Results, SuiteRecord
 from benchmarks.roofline import percent_of_item
 from benchmarks.run import Settings
 from benchmarks.suites.item import Item, Ready, Request, Suite
@@ -86,6 +87,8 @@ def _prepare(
         status, message, ratios = verdict.status, verdict.message, verdict.error_ratios
         if status == OK and built.memory is not None:
             memory = built.memory()
+    except NotServed as reason:
+        status, message = NOT_SERVED, str(reason)
     except Exception as error:  # a contender that crashes is reported, and the run goes on
         status, message = ERROR, _sentence(error)
     records = {}

@@ -11,12 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.providers import FROZEN, OURS
-from benchmarks.record import OK, SuiteRecord
+from benchmarks.record import ERROR, NOT_SERVED, OK, WRONG, SuiteRecord
 from benchmarks.suites.training import FULL
 from benchmarks.summary import NOISE
 from benchmarks.table import human_bytes
 from benchmarks.timing import Interval, paired_interval
 
+_STATUS_WORDS = {
+    WRONG: "[bold red]WRONG[/]", ERROR: "[bold red]ERROR[/]", NOT_SERVED: "[yellow]Not served:[/]",
+}  # fmt: skip
 NOT_RIVALS = (FROZEN, FULL)  # they compute something else
 FORCED = ("ours-cpu-", "ours-cuda", "ours-triton")  # not what the library would choose
 
@@ -39,8 +42,7 @@ def print_suites(console: Console, records: Sequence[SuiteRecord]) -> None:
             if part:
                 _print_table(console, suite, dtype, pass_, part)
         for line in dict.fromkeys(
-            f"[bold red]{r.status.upper()}[/] {r.provider} on {suite}: {row_of(r)} {r.dtype}: "
-            f"{r.message}"
+            f"{_STATUS_WORDS[r.status]} {r.provider} on {suite}: {row_of(r)} {r.dtype}: {r.message}"
             for r in own
             if r.status != OK
         ):
@@ -109,13 +111,18 @@ def _print_table(
 def _cells_of(suite: str, part: Sequence[SuiteRecord]) -> tuple[str, Callable[[SuiteRecord], str]]:
     """What the cells of a table are, in words, and how one is made."""
     if not any(r.timed for r in part):
-        return "peak memory above inputs and parameters", lambda r: human_bytes(r.peak_bytes or 0)
+        return "peak memory above inputs and parameters: allocator / resident", _peaks
     if suite == "overhead":
         return "µs per call", lambda r: f"{r.median_us:.1f}"
     bases = ", ".join(dict.fromkeys(r.base for r in part))
     roofs = any(r.roof_percent is not None for r in part)
     unit = f"time ÷ {bases}" + (", % of roof" if roofs else "") + "; the base in µs"
     return unit, _ratio
+
+
+def _peaks(r: SuiteRecord) -> str:
+    known = [value for value in (r.peak_bytes, r.resident_bytes) if value is not None]
+    return " / ".join(map(human_bytes, known)) or "-"
 
 
 def _ratio(r: SuiteRecord) -> str:
