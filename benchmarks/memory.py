@@ -96,7 +96,7 @@ def _native_stderr_muted() -> Iterator[None]:
 def measure_in_fresh_process(
     provider: str, threads: int, case: Case = SECTION_CASE, device: str = "cpu"
 ) -> MemoryRecord:
-    """Any provider, with fp32 adapters. Raises NotServed where it has nothing for the case."""
+    """Any provider, with fp32 adapters if it can. NotServed where it has nothing for the case."""
     command = [sys.executable, "-m", "benchmarks.memory", provider, "--threads", str(threads)]
     command += ["--m", str(case.M), "--k", str(case.layer.K), "--n", str(case.layer.N)]
     command += ["--r", str(case.R), "--dtype", case.dtype, "--dropout", str(case.dropouts[0])]
@@ -165,7 +165,8 @@ def _measure(args: argparse.Namespace) -> dict[str, object]:
 
     def build(M: int) -> Built:
         case = Case(layer, args.dtype, M, args.r)
-        tensors = make_tensors(case, adapter_dtype=torch.float32, device=args.device)
+        adapter_dtype = torch.float32 if provider.mixed else None
+        tensors = make_tensors(case, adapter_dtype=adapter_dtype, device=args.device)
         return provider.build(tensors, args.dropout)
 
     built = build(args.m)

@@ -53,7 +53,7 @@ PROVIDERS = (
     Provider(NAIVE, "naive torch", plain.naive),
     Provider(SMART, "smart torch", plain.smart),
     Provider(PEFT, "PEFT", peft.layer, needs="peft"),
-    Provider(LORALIB, "loralib", loralib.layer, needs="loralib"),
+    Provider(LORALIB, "loralib", loralib.layer, needs="loralib", mixed=False),
     Provider(OURS, "lora_fused", ours.layer, ours=True),
     Provider(PREPACKED, "lora_fused prepacked", ours.prepacked, ours=True, native=True),
 )

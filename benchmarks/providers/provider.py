@@ -44,6 +44,7 @@ class Provider:
     ours: its dropout mask can be replayed, and so be checked.
     native: it takes lora_fused's native CPU kernels.
     adapter_dtype: of lora_A and lora_B; None: that of the case.
+    mixed: its adapters may have another dtype than x and the weight.
     compiled: its first call of a size compiles for it.
     """
 
@@ -56,6 +57,7 @@ class Provider:
     native: bool = False
     merged: bool = False
     adapter_dtype: torch.dtype | None = None
+    mixed: bool = True
     compiled: bool = False
     lacks: Callable[[str], str | None] = lambda device: None
 
