@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_fused.backends import cuda_sm80, cuda_sm90, torch_ops
-from lora_fused.backends.cuda_candidates import candidates, decode_parts, reasons_against
+from lora_fused.backends.cuda_candidates import candidates, decode_parts, left_out, reasons_against
 from lora_fused.backends.cuda_native import (
     Place,
     mask_words,
@@ -30,8 +30,8 @@ from lora_fused.backends.torch_ops import flatten
 from lora_fused.config import Mask, Member, Problem, Route, Tiles, group_columns
 
 __all__ = [
-    "candidates", "group_backward", "group_forward", "matmul", "not_supported_reasons", "reduce",
-    "reduce_pair", "shrink", "shrink_matmul", "shrink_reduce",
+    "candidates", "group_backward", "group_forward", "left_out", "matmul", "not_supported_reasons",
+    "reduce", "reduce_pair", "shrink", "shrink_matmul", "shrink_reduce",
 ]  # fmt: skip
 
 _ROW_ALIGNMENT = 16

@@ -22,6 +22,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_RANK = 512
 DECODE_TOKENS = 16
 
+_STRATEGIES = ("s_first", "split", "decode")
 _SPLITS = (1, 2, 4, 8, 16, 32, 64)
 _RESERVED_SHARED = 1024  # of each block, by the driver
 _MOST_BLOCKS_PER_SM = 4  # beyond that, more splits only add partial sums
@@ -65,6 +66,41 @@ def candidates(problem: Problem, device: Device, operation: str) -> list[Candida
         found += kernel.candidates(problem, device, operation)
     budget = device.shared_bytes_per_block
     return [candidate for candidate in found if candidate.shared_bytes <= budget]
+
+
+def left_out(problem: Problem) -> list[str]:
+    """Why y, or dx if it is needed, has no candidate of a strategy; empty where all have one.
+
+    Nothing of decode where the tokens are more than it is for.
+    """
+    device = problem.device
+    if device is None:
+        return []
+    directions = ("forward", "dx") if "x" in problem.needs else ("forward",)
+    strategies = _STRATEGIES if problem.M <= DECODE_TOKENS else _STRATEGIES[:-1]
+    missing: dict[str, dict[str, list[str]]] = {}
+    for direction in directions:
+        have = {c.strategy for c in candidates(problem, device, direction)}
+        for strategy in strategies:
+            if strategy not in have:
+                for reason in _reasons_against(problem, device, direction, strategy):
+                    missing.setdefault(reason, {}).setdefault(strategy, []).append(direction)
+    return [_line(by_strategy, directions, reason) for reason, by_strategy in missing.items()]
+
+
+def _line(by_strategy: dict[str, list[str]], directions: tuple[str, ...], reason: str) -> str:
+    """ "s_first and split: …", with the direction where the reason is one's alone."""
+    of = next(iter(by_strategy.values()))
+    which = "" if len(of) == len(directions) else f" of {'y' if of == ['forward'] else 'dx'}"
+    return f"{' and '.join(by_strategy)}{which}: {reason}"
+
+
+def _reasons_against(problem: Problem, device: Device, direction: str, strategy: str) -> list[str]:
+    if strategy == "decode":
+        few = f"its blocks are too few to share rank {problem.R}"
+        return _against_decode(problem, direction) or [few]
+    kernel = cuda_sm90 if device.capability == cuda_sm90.CAPABILITY else cuda_sm80
+    return kernel.reasons_against(problem) or [kernel.NOT_OFFERED[strategy]]
 
 
 def rank_tile(R: int, dtype: torch.dtype) -> int:
@@ -169,11 +205,8 @@ def _reduce(R: int, dtype: torch.dtype, splits: int) -> Candidate:
 
 
 def _decode_candidates(problem: Problem, device: Device, direction: str) -> list[Candidate]:
-    """Few tokens, no dropout, and a weight that lies along the contraction."""
-    along = "row" if direction == "forward" else "column"
-    if problem.M > DECODE_TOKENS or problem.weight_layout != along:
-        return []
-    if problem.dropout or problem.group or problem.given_mask:
+    """Those whose blocks can share the ranks."""
+    if _against_decode(problem, direction):
         return []
     outputs, inner = _sizes(problem, direction)
     steps = -(-inner * problem.dtype.itemsize // 64) // 8
@@ -183,6 +216,21 @@ def _decode_candidates(problem: Problem, device: Device, direction: str) -> list
         for splits in legal
         if decode_parts(problem, splits, direction) > 0
     ]
+
+
+def _against_decode(problem: Problem, direction: str) -> list[str]:
+    """Few tokens, no dropout, and a weight that lies along the contraction."""
+    reasons = []
+    if problem.M > DECODE_TOKENS:
+        reasons.append(f"it takes up to {DECODE_TOKENS} tokens, these are {problem.M}")
+    along, name = {"forward": ("row", "in"), "dx": ("column", "out")}[direction]
+    if problem.weight_layout != along:
+        reasons.append(f"it needs a weight with unit stride along {name}_features")
+    if problem.dropout or problem.given_mask:
+        reasons.append("it makes no dropout mask")
+    if problem.group:
+        reasons.append("it takes single layers")
+    return reasons
 
 
 def _shipped() -> list[tuple[str, str, Tiles, int]]:

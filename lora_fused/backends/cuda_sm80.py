@@ -38,6 +38,9 @@ _MAX_CHUNKS = 24  # pieces of the ranks of all members, of the S tiles of one ro
 _STRATEGIES = {"s_first": (1, 2, 3, 4), "split": (1,)}
 """How many S tiles a ticket may hand out; without S tiles there is nothing to hand out together."""
 
+NOT_OFFERED = {"s_first": f"the ranks would be more than {_MAX_CHUNKS} tiles of S in a row"}
+"""Why a strategy has no candidate where the kernel can run the problem."""
+
 _STATIC_SHARED = 256  # what is known of three tiles, and a flag
 _SHARED_LIMITS = {
     80: 163 << 10,

@@ -32,6 +32,9 @@ MAX_MEMBERS = 3
 _ROW = 8
 """Elements of 16 bits between the 16-byte boundaries at which tensor copies need rows to begin."""
 
+NOT_OFFERED = {"split": "it takes single layers"}
+"""Why a strategy has no candidate where the kernel can run the problem."""
+
 _BLOCK_M, _BLOCK_K = 128, 64
 _STAGES = {256: 4, 128: 6}
 _REGISTERS = 168
