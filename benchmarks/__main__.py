@@ -14,7 +14,7 @@ from benchmarks.claims import suite as claims
 from benchmarks.goals import goal_rows
 from benchmarks.progress import Progress
 from benchmarks.providers import PROVIDER_NAMES, named
-from benchmarks.record import Results
+from benchmarks.record import Results, load_or_exit
 from benchmarks.report import write_report
 from benchmarks.run import Settings, new_results, run
 from benchmarks.shapes import (
@@ -49,6 +49,13 @@ _OWN_OPTIONS = {
 }  # fmt: skip
 """Options that only some suites know."""
 QUICK_BUDGET_S = 255.0  # with imports, tables and the report: below five minutes
+
+
+def positive(text: str) -> int:
+    """For argparse, which makes a sentence of the error."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -90,20 +97,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="tell the significant changes between two result files",
     )
     parser.add_argument(
-        "--threads", type=int, default=1, help="1 is timed by CPU time, more by the wall clock"
+        "--threads", type=positive, default=1, help="1 is timed by CPU time, more by the wall clock"
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all")
     parser.add_argument(
         "--layers", nargs="+", help="gpt2, gpt2.c_fc, vllm, 768x2304, ...; see models.py"
     )
-    parser.add_argument("--m", nargs="+", type=int, help=f"tokens; default: {TOKENS}")
-    parser.add_argument("--r", nargs="+", type=int, help=f"ranks; default: {RANKS}")
+    parser.add_argument("--m", nargs="+", type=positive, help=f"tokens; default: {TOKENS}")
+    parser.add_argument("--r", nargs="+", type=positive, help=f"ranks; default: {RANKS}")
     parser.add_argument(
         "--providers", nargs="+", choices=PROVIDER_NAMES, metavar="NAME", help=(
             f"names or groups: {', '.join(PROVIDER_NAMES)}; default: default, also with --full"
         ),
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=positive, default=9)
     parser.add_argument(
         "--cold",
         action="store_true",
@@ -161,8 +168,9 @@ def main() -> None:
     args = parse(sys.argv[1:])
     if args.compare:
         try:
-            compare.show(console, compare.compare(*map(Results.load, args.compare)))
-        except (OSError, ValueError) as error:
+            before, after = (load_or_exit(path, "python -m benchmarks") for path in args.compare)
+            compare.show(console, compare.compare(before, after))
+        except ValueError as error:
             sys.exit(f"python -m benchmarks: {error}")
         return
     if (args.gpu_report or args.device != "cpu") and not torch.cuda.is_available():

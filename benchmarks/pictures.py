@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.goals import goal_rows
-from benchmarks.record import Results
+from benchmarks.record import load_or_exit
 from benchmarks.report import write_report
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -89,7 +89,7 @@ def _take(browser: str, report: Path, picture: Picture, out: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pictures", description=__doc__)
     parser.add_argument("result", type=Path, help="a file of benchmarks/results")
-    results = Results.load(parser.parse_args().result)
+    results = load_or_exit(parser.parse_args().result, parser.prog)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.html"
         write_report(results, goal_rows(results), report)

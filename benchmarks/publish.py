@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.figures.tax import tax_by_tokens
 from benchmarks.providers import OURS, PEFT, PREPACKED, SMART
-from benchmarks.record import Record, Results
+from benchmarks.record import Record, Results, load_or_exit
 from benchmarks.shapes import PASSES
 from benchmarks.summary import ClassMean, against_best, class_means, excess_over_frozen
 
@@ -102,7 +102,7 @@ def _memory(results: Results) -> Iterator[str]:
 
 
 def publish(path: Path) -> None:
-    results = Results.load(path)
+    results = load_or_exit(path, "python -m benchmarks.publish")
     text = README.read_text()
     if not re.search(f"{BEGIN}.*{END}", text, re.S):
         raise ValueError(f"README.md has no section between {BEGIN} and {END}")

@@ -1,6 +1,7 @@
 """The result file: one record per case, provider, dropout and pass. schema.md documents it."""
 
 import json
+import sys
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
@@ -173,7 +174,10 @@ class Results:
         return document
 
     @classmethod
-    def from_dict(cls, document: dict[str, Any]) -> "Results":
+    def from_dict(cls, document: Any) -> "Results":
+        """ValueError for what is no such file, field by field."""
+        if not isinstance(document, dict):
+            raise ValueError(f"expected a JSON object, got {type(document).__name__}")
         if document.get("schema") != SCHEMA or document.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(
                 f"expected a {SCHEMA} file of version {SCHEMA_VERSION}, got "
@@ -200,19 +204,35 @@ class Results:
         return cls.from_dict(json.loads(path.read_text()))
 
 
+def load_or_exit(path: Path, program: str) -> Results:
+    """The file, for a command: what is wrong with it ends the program with a sentence."""
+    try:
+        return Results.load(path)
+    except OSError as error:
+        sys.exit(f"{program}: {path}: {error.strerror}")
+    except ValueError as error:
+        sys.exit(f"{program}: {path}: {error}")
+
+
 T = typing.TypeVar("T")
 
 
-def _passes(cls: type[T], records: list[dict[str, Any]], where: str) -> list[T]:
+def _passes(cls: type[T], records: list[Any], where: str) -> list[T]:
     """`pass` is a word of Python's; the field of the dataclass is `pass_`."""
     return [
-        _checked(cls, {"pass_" if k == "pass" else k: v for k, v in r.items()}, f"{where}[{i}]")
-        for i, r in enumerate(records)
+        _checked(cls, _renamed(record) if isinstance(record, dict) else record, f"{where}[{i}]")
+        for i, record in enumerate(records)
     ]
 
 
-def _checked(cls: type[T], values: dict[str, Any], where: str) -> T:
+def _renamed(record: dict[str, Any]) -> dict[str, Any]:
+    return {"pass_" if name == "pass" else name: value for name, value in record.items()}
+
+
+def _checked(cls: type[T], values: Any, where: str) -> T:
     """An instance of the dataclass `cls`, after checking every field's presence and JSON type."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected an object, got {values!r}")
     hints = typing.get_type_hints(cls)
     names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - names):

@@ -147,7 +147,7 @@ def product_cases(
 def parse_layer(text: str) -> list[Layer]:
     """'gpt2', 'vllm' (all of a model or of a peer's benchmark), 'gpt2.c_fc' (one layer) or
     '768x2304' (a made-up K x N)."""
-    if size := re.fullmatch(r"(\d+)x(\d+)", text):
+    if size := re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", text):
         return [Layer("custom", text, int(size[1]), int(size[2]))]
     found = [layer for layer in (*MODELS, *PEERS) if text in (layer.key, layer.model)]
     if not found:

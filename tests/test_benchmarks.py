@@ -274,6 +274,13 @@ def test_schema_refuses_what_it_does_not_know(results: Results) -> None:
     del document["records"][0]["tax"]
     with pytest.raises(ValueError, match=r"records\[0\]: missing fields \['tax'\]"):
         Results.from_dict(document)
+    for other, message in (
+        ([], "expected a JSON object, got list"),
+        (results.to_dict() | {"records": [5]}, r"records\[0\]: expected an object, got 5"),
+        (results.to_dict() | {"memory": [5]}, r"memory\[0\]: expected an object, got 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Results.from_dict(other)
 
 
 def test_cases_beyond_the_budget_are_named() -> None:

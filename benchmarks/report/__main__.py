@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.goals import goal_rows
-from benchmarks.record import Results
+from benchmarks.record import load_or_exit
 from benchmarks.report import write_report
 
 
@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("result", type=Path)
     parser.add_argument("html", type=Path, nargs="?", help="default: beside the result file")
     args = parser.parse_args()
-    results = Results.load(args.result)
+    results = load_or_exit(args.result, parser.prog)
     path = args.html or args.result.with_suffix(".html")
     write_report(results, goal_rows(results), path)
     print(path)
