@@ -12,6 +12,9 @@ bf16, vendor's GEMM oneDNN at 75-92 % of the peak:
     forward  M = 1     0.4-0.5 / 1.0-2.4 / 1.1-1.5             M = 4    0.6-0.7 / 1.0-1.3 / 1.1-1.5
              M = 16    0.6-0.8 / 1.1-1.3 / 1.1-1.2  [0.6-0.7]  M = 128  0.9-1.0 / 1.1-1.2 / 1.0-1.2
              M = 512   1.0-1.1 / 1.0-1.1 / 1.0-1.1  [1.0]
+             M = 160-256, out of the cache, little load, K x N = 2048 x 512, 2048, 8192 and
+                       8192 x 2048: 1.08-1.15 / 1.02-1.07 / 1.03-1.16;
+                       in the cache, 768 x 3072 and 1024 x 1024: 0.94-1.07 / 1.03-1.10
     dx       M = 1     0.3-0.5 / 0.8-1.2 / 0.9-1.2             M = 4    0.3-0.9 / 1.0 / 1.1-1.3
              M = 16    0.8-1.0 / 1.1-1.4 / 1.1-1.3  [0.5-0.6]
              M = 128   1.0-1.1 / 1.1    / 1.1-1.2   [0.9-1.0]  M = 512  1.0 / 1.0-1.1 / 1.0-1.1
@@ -63,6 +66,9 @@ if TYPE_CHECKING:
 
 FEW_TOKENS = 4
 """Up to here native code reads a plain weight once, straight from memory."""
+
+_TURNED_TOKENS = 128
+"""Beyond that a plain weight is packed at every call: kTurnedTokens of csrc/cpu/engine.h."""
 
 _MI = 1 << 20
 _ZEN_3_AND_4 = 25  # of these only Zen 4 has AVX-512
@@ -119,7 +125,7 @@ def _by_orientation(problem: Problem, cpu: CpuInfo) -> tuple[str, str]:
             return _bf16_tiles_along(problem), _bf16_tiles_across(problem)
         slower = "own" if problem.M <= FEW_TOKENS else "library"
         return slower, slower
-    return _by_vectors(problem), _by_vectors(problem)
+    return _by_vectors_along(problem), _by_vectors(problem)
 
 
 def _bf16_tiles_along(problem: Problem) -> str:
@@ -143,8 +149,16 @@ def _bf16_tiles_across(problem: Problem) -> str:
 
 
 def _by_vectors(problem: Problem) -> str:
-    """No tiles on either side: own kernels win at every size."""
+    """No tiles on either side: own kernels win at nearly every size."""
     return "packed" if problem.prepacked and problem.M > FEW_TOKENS else "own"
+
+
+def _by_vectors_along(problem: Problem) -> str:
+    """Where a plain weight is packed at every call, and few tokens share what that takes."""
+    packs = _TURNED_TOKENS < problem.M <= 2 * _TURNED_TOKENS and problem.K >= 2048
+    strategy = _by_vectors(problem)
+    bf16 = problem.dtype == torch.bfloat16
+    return "hybrid" if strategy == "own" and packs and bf16 else strategy
 
 
 def _fp32_beside_mkl_along(problem: Problem) -> str:
