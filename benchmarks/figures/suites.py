@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.figures.panel import STRONG, data_uri, label, legend, panel, styles_of, tax_axis
 from benchmarks.record import SuiteRecord
 
 _MAX_ROWS = 40
+_LABEL_WIDTH = 24  # characters; longer names would leave a phone no room for the dots
 _MIB = 1 << 20
 
 
@@ -64,7 +66,8 @@ def _dots(
     at = {id(r): rows.index(name) for name, r in named if name in rows}
     if not shown:
         return None
-    figure, axes = panel(title, 1.3 + 0.235 * len(rows))
+    lines = sum(len(textwrap.wrap(row, _LABEL_WIDTH)) for row in rows)
+    figure, axes = panel(title, 1.3 + 0.1 * len(rows) + 0.135 * lines)
     for name, (color, marker) in styles_of(list(dict.fromkeys(r.provider for r in shown))).items():
         own = [r for r in shown if r.provider == name]
         strong = name in STRONG
@@ -83,7 +86,7 @@ def _dots(
     else:
         axes.set_xlim(0, 1.08 * max(value(r) for r in shown) or 1)
         axes.grid(axis="x", color="#e6e6e6", linewidth=0.7)
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set_yticks(range(len(rows)), [textwrap.fill(row, _LABEL_WIDTH) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel(xlabel, fontsize=9)
     legend(figure)
