@@ -139,9 +139,10 @@ def _recorded(
         return _plain_formula(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
     from lora_fused import ops
 
-    return ops.lora_linear_op(
+    y: Tensor = ops.LORA_LINEAR(
         x, weight, lora_A, lora_B, bias, seed_tensor(seed, x.device), scaling, dropout_p, backend
     )[0]
+    return y
 
 
 def is_traced() -> bool:
