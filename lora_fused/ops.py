@@ -3,11 +3,13 @@
     lora_fused::lora_linear           (x, weight, lora_A, lora_B, bias, seed, …) -> (y, s)
     lora_fused::lora_linear_backward  (dy, x, weight, lora_A, lora_B, s, seed, …) -> (dx, dweight,
     da, db, dbias)
+    lora_fused::…_kernel              the same two without autograd, in inductor's graphs only
 
 Eager calls do not pass here: the operator boundary costs more than a small layer. For the same
-reason the operators are registered with torch's dispatcher directly, not by torch.library.custom_op,
-whose wrappers take as long again as the kernels on a small layer. One Python function is called per
-operator: that of the autograd key, which goes straight on to the kernel unless somebody watches.
+reason the operators are registered with torch's dispatcher directly: the wrappers of
+torch.library.custom_op take as long again as the kernels on a small layer. One Python function is
+called per operator, that of the autograd key, which goes on to the kernel unless somebody watches.
+What inductor makes of the operators is decided in decomposition.py.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo as disable_dynamo
 from torch.utils.flop_counter import register_flop_formula
 
 from lora_fused.autograd import Saved, lora_backward, lora_forward, refuse_double_backward
 from lora_fused.backends.torch_ops import flatten
-from lora_fused.checks import compute_dtype
+from lora_fused.checks import check_call, compute_dtype
 from lora_fused.config import GRADIENT_NAMES, Call, Mask, Route
+from lora_fused.decomposition import register_with_inductor
 from lora_fused.dispatch import route_for
 from lora_fused.functional import make_mask
 from lora_fused.reference import effective_scaling
@@ -39,12 +43,12 @@ _BACKWARD_SCHEMA = (
 )
 
 
-_NAMES = "lora_fused::lora_linear", "lora_fused::lora_linear_backward"
-_LIBRARY = torch.library.Library(_NAMES[0].split("::")[0], "FRAGMENT")
+_LIBRARY = torch.library.Library("lora_fused::".removesuffix("::"), "FRAGMENT")
 # flexible_layout: kernels take any strides, so a compiler has nothing to copy for them.
 _TAGS = torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout
-for _name, _schema in zip(_NAMES, (_SCHEMA, _BACKWARD_SCHEMA), strict=True):
-    _LIBRARY.define(_name.split("::")[1] + _schema, tags=_TAGS)
+for _suffix in ("", "_kernel"):
+    _LIBRARY.define(f"lora_linear{_suffix}{_SCHEMA}", tags=_TAGS)
+    _LIBRARY.define(f"lora_linear_backward{_suffix}{_BACKWARD_SCHEMA}", tags=_TAGS)
 LORA_LINEAR = torch.ops.lora_fused.lora_linear.default
 LORA_LINEAR_BACKWARD = torch.ops.lora_fused.lora_linear_backward.default
 
@@ -83,6 +87,7 @@ def _lora_linear_fake(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    check_call(x, weight, lora_A, lora_B, bias, x.dtype, cast_weight=True)
     rank = 0 if lora_A is None else lora_A.shape[0]
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(*x.shape[:-1], rank)
 
@@ -182,27 +187,28 @@ def _below_autograd(
     rest = keys & torch._C._after_ADInplaceOrView_keyset
     if rest.highestPriorityTypeId() in _DEVICE_KEYS:
         return kernel(*inputs)
+    register_with_inductor()
     with torch._C._AutoDispatchBelowAutograd():
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
 
 
-_DEVICE_KEYS = frozenset(
-    getattr(torch._C.DispatchKey, name) for name in ("CPU", "CUDA", "XPU")
-)
+_DEVICE_KEYS = frozenset(getattr(torch._C.DispatchKey, name) for name in ("CPU", "CUDA", "XPU"))
 
 
 def _register(name: str, kernel: Any, fake: Any, autograd: Any) -> None:
     """Dynamo must not look into what the dispatcher calls between two graphs."""
-    name = name.split("::")[1]
-    _LIBRARY.impl(name, torch._disable_dynamo(kernel), "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, torch._disable_dynamo(autograd), "Autograd", with_keyset=True)
-    _LIBRARY._register_fake(name, fake)
+    _LIBRARY.impl(name, disable_dynamo(kernel), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, disable_dynamo(autograd), "Autograd", with_keyset=True)
+    _LIBRARY.impl(f"{name}_kernel", kernel, "CompositeExplicitAutograd")
+    for full_name in (name, f"{name}_kernel"):
+        _LIBRARY._register_fake(full_name, fake)
 
 
-_register(_NAMES[0], _lora_linear, _lora_linear_fake, _lora_linear_autograd)
+_register("lora_linear", _lora_linear, _lora_linear_fake, _lora_linear_autograd)
 _register(
-    _NAMES[1], _lora_linear_backward, _lora_linear_backward_fake, _lora_linear_backward_autograd
-)
+    "lora_linear_backward",
+    _lora_linear_backward, _lora_linear_backward_fake, _lora_linear_backward_autograd,
+)  # fmt: skip
 
 
 def _check_gradient(dy: Tensor, s: Tensor, route: Route) -> None:
@@ -246,7 +252,7 @@ for _device_type in ("cpu", "cuda", "xpu"):
     _register_autocast(_device_type)
 
 
-@register_flop_formula(torch.ops.lora_fused.lora_linear)
+@register_flop_formula([torch.ops.lora_fused.lora_linear, torch.ops.lora_fused.lora_linear_kernel])
 def _lora_linear_flops(
     x_shape: Any, weight_shape: Any, a_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
@@ -256,7 +262,9 @@ def _lora_linear_flops(
     return int(2 * M * (N * K + R * (K + N)))
 
 
-@register_flop_formula(torch.ops.lora_fused.lora_linear_backward)
+@register_flop_formula(
+    [torch.ops.lora_fused.lora_linear_backward, torch.ops.lora_fused.lora_linear_backward_kernel]
+)
 def _lora_linear_backward_flops(
     dy_shape: Any, x_shape: Any, weight_shape: Any, a_shape: Any, b_shape: Any, bias_shape: Any,
     s_shape: Any, seed_shape: Any, scaling: float, dropout_p: float, backend: str,
