@@ -201,7 +201,7 @@ def _register(name: str, kernel: Any, fake: Any, autograd: Any) -> None:
     _LIBRARY.impl(name, disable_dynamo(autograd), "Autograd", with_keyset=True)
     _LIBRARY.impl(f"{name}_kernel", kernel, "CompositeExplicitAutograd")
     for full_name in (name, f"{name}_kernel"):
-        _LIBRARY._register_fake(full_name, fake)
+        torch.library.register_fake(f"lora_fused::{full_name}", fake, lib=_LIBRARY)
 
 
 _register("lora_linear", _lora_linear, _lora_linear_fake, _lora_linear_autograd)
