@@ -125,6 +125,16 @@ def _recorded(
     backend: str,
 ) -> Tensor:
     """The call as torch can record it (an operator) or transform it (the plain formula)."""
+    from lora_fused import ops
+
+    functorch = torch._C._are_functorch_transforms_active()
+    nothing_to_prepare = dropout_p == 0.0 and seed is None and x.dtype == weight.dtype
+    if nothing_to_prepare and not functorch and torch.compiler.is_compiling():
+        # Compiled code asks again at every call whatever is asked here; the operator checks too.
+        checks.check_scaling(scaling)
+        params = weight, lora_A, lora_B, bias
+        y: Tensor = ops.LORA_LINEAR(x, *params, None, scaling, 0.0, backend)[0]
+        return y
     checks.check_scaling(scaling)
     checks.check_dropout(dropout_p, seed)
     compute = checks.compute_dtype(x)
@@ -135,13 +145,11 @@ def _recorded(
         seed = None
     elif seed is None:
         seed = draw_seed(x.device)
-    if torch._C._are_functorch_transforms_active():
+    if functorch:
         return _plain_formula(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
-    from lora_fused import ops
-
-    return ops.lora_linear_op(
-        x, weight, lora_A, lora_B, bias, seed_tensor(seed, x.device), scaling, dropout_p, backend
-    )[0]
+    operands = (x, weight, lora_A, lora_B, bias, seed_tensor(seed, x.device))
+    y = ops.LORA_LINEAR(*operands, scaling, dropout_p, backend)[0]
+    return y
 
 
 def is_traced() -> bool:

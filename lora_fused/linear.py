@@ -77,6 +77,7 @@ class FusedLoRALinear(nn.Linear):
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, float(lora_dropout)
         self.use_rslora, self.fan_in_fan_out = use_rslora, fan_in_fan_out
         self.merge_weights, self.backend = merge_weights, backend
+        self._merged = None
         self.scaling = _initial_scaling(r, lora_alpha, use_rslora)
         if fan_in_fan_out:
             self.weight = nn.Parameter(self.weight.detach().t().contiguous())

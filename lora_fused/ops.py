@@ -3,23 +3,31 @@
     lora_fused::lora_linear           (x, weight, lora_A, lora_B, bias, seed, …) -> (y, s)
     lora_fused::lora_linear_backward  (dy, x, weight, lora_A, lora_B, s, seed, …) -> (dx, dweight,
     da, db, dbias)
+    lora_fused::…_kernel              the same two without autograd, in inductor's graphs only
 
-Eager calls do not pass here: the operator boundary costs more than a small layer.
+Eager calls do not pass here: the operator boundary costs more than a small layer. For the same
+reason the operators are registered with torch's dispatcher directly: the wrappers of
+torch.library.custom_op take as long again as the kernels on a small layer. One Python function is
+called per operator, that of the autograd key, which goes on to the kernel unless somebody watches.
+What inductor makes of the operators is decided in decomposition.py.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo as disable_dynamo
 from torch.utils.flop_counter import register_flop_formula
 
-from lora_fused.autograd import Saved, lora_backward, lora_forward
+from lora_fused.autograd import Saved, lora_backward, lora_forward, refuse_double_backward
 from lora_fused.backends.torch_ops import flatten
-from lora_fused.checks import compute_dtype
+from lora_fused.checks import check_call, compute_dtype
 from lora_fused.config import GRADIENT_NAMES, Call, Mask, Route
+from lora_fused.decomposition import register_with_inductor
 from lora_fused.dispatch import route_for
 from lora_fused.functional import make_mask
 from lora_fused.reference import effective_scaling
@@ -35,8 +43,17 @@ _BACKWARD_SCHEMA = (
 )
 
 
-@torch.library.custom_op("lora_fused::lora_linear", mutates_args=(), schema=_SCHEMA)
-def lora_linear_op(
+_LIBRARY = torch.library.Library("lora_fused::".removesuffix("::"), "FRAGMENT")
+# flexible_layout: kernels take any strides, so a compiler has nothing to copy for them.
+_TAGS = torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout
+for _suffix in ("", "_kernel"):
+    _LIBRARY.define(f"lora_linear{_suffix}{_SCHEMA}", tags=_TAGS)
+    _LIBRARY.define(f"lora_linear_backward{_suffix}{_BACKWARD_SCHEMA}", tags=_TAGS)
+LORA_LINEAR = torch.ops.lora_fused.lora_linear.default
+LORA_LINEAR_BACKWARD = torch.ops.lora_fused.lora_linear_backward.default
+
+
+def _lora_linear(
     x: Tensor,
     weight: Tensor,
     lora_A: Tensor | None,
@@ -54,11 +71,11 @@ def lora_linear_op(
         needs=frozenset(), cast_weight=True,
     )  # fmt: skip
     y, s = lora_forward(Call(route, scale, mask), x, weight, lora_A, lora_B, bias)
-    rank = 0 if s is None else s.shape[1]
-    return y, x.new_empty(*x.shape[:-1], 0) if s is None else s.view(*x.shape[:-1], rank)
+    if s is None:
+        return y, x.new_empty(*x.shape[:-1], 0)
+    return y, s if x.dim() == 2 else s.view(*x.shape[:-1], s.shape[1])
 
 
-@lora_linear_op.register_fake
 def _lora_linear_fake(
     x: Tensor,
     weight: Tensor,
@@ -70,14 +87,12 @@ def _lora_linear_fake(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    check_call(x, weight, lora_A, lora_B, bias, x.dtype, cast_weight=True)
     rank = 0 if lora_A is None else lora_A.shape[0]
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(*x.shape[:-1], rank)
 
 
-@torch.library.custom_op(
-    "lora_fused::lora_linear_backward", mutates_args=(), schema=_BACKWARD_SCHEMA
-)
-def lora_linear_backward_op(
+def _lora_linear_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -107,7 +122,6 @@ def lora_linear_backward_op(
     return dx, dweight, da, db, dbias
 
 
-@lora_linear_backward_op.register_fake
 def _lora_linear_backward_fake(
     dy: Tensor,
     x: Tensor,
@@ -131,30 +145,77 @@ def _lora_linear_backward_fake(
     return dx, dweight, da, db, dbias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, lora_A, lora_B, bias, seed, *ctx.options = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, weight, lora_A, lora_B, bias, output[1], seed)
+class _Recorded(torch.autograd.Function):
+    """The operator as autograd sees it: its backward is the other operator."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        x, weight, lora_A, lora_B, bias, seed, *ctx.options = inputs
+        y, s = _below_autograd(LORA_LINEAR, _lora_linear, keys, inputs)
+        ctx.mark_non_differentiable(s)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, bias, s, seed)
+        return y, s
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, ds: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        x, weight, lora_A, lora_B, bias, s, seed = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[1:6])
+        gradients = LORA_LINEAR_BACKWARD(
+            dy, x, weight, lora_A, lora_B, bias, s, seed, *ctx.options, needs
+        )
+        wanted = (g if need else None for g, need in zip(gradients, needs, strict=True))
+        return (None, *wanted, None, None, None, None)
 
 
-def _backward(ctx: Any, dy: Tensor, ds: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, lora_A, lora_B, bias, s, seed = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:5])
-    gradients = lora_linear_backward_op(
-        dy, x, weight, lora_A, lora_B, bias, s, seed, *ctx.options, needs
-    )
-    wanted = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return (*wanted, None, None, None, None)
+def _lora_linear_autograd(keys: Any, *inputs: Any) -> Any:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:5]):
+        return _Recorded.apply(keys, *inputs)
+    return _below_autograd(LORA_LINEAR, _lora_linear, keys, inputs)
 
 
-lora_linear_op.register_autograd(_backward, setup_context=_setup_context)
+def _lora_linear_backward_autograd(keys: Any, *inputs: Any) -> Any:
+    if any(t is not None and t.requires_grad for t in inputs[:7]):
+        refuse_double_backward()
+    return _below_autograd(LORA_LINEAR_BACKWARD, _lora_linear_backward, keys, inputs)
+
+
+def _below_autograd(
+    operator: torch._ops.OpOverload, kernel: Callable[..., Any], keys: Any, inputs: Any
+) -> Any:
+    """Call the kernel itself, or the dispatcher where a mode or a kind of tensor comes before."""
+    rest = keys & torch._C._after_ADInplaceOrView_keyset
+    if rest.highestPriorityTypeId() in _DEVICE_KEYS:
+        return kernel(*inputs)
+    register_with_inductor()
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
+
+
+_DEVICE_KEYS = frozenset(getattr(torch._C.DispatchKey, name) for name in ("CPU", "CUDA", "XPU"))
+
+
+def _register(name: str, kernel: Any, fake: Any, autograd: Any) -> None:
+    """Dynamo must not look into what the dispatcher calls between two graphs."""
+    _LIBRARY.impl(name, disable_dynamo(kernel), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, disable_dynamo(autograd), "Autograd", with_keyset=True)
+    _LIBRARY.impl(f"{name}_kernel", kernel, "CompositeExplicitAutograd")
+    for full_name in (name, f"{name}_kernel"):
+        torch.library.register_fake(f"lora_fused::{full_name}", fake, lib=_LIBRARY)
+
+
+_register("lora_linear", _lora_linear, _lora_linear_fake, _lora_linear_autograd)
+_register(
+    "lora_linear_backward",
+    _lora_linear_backward, _lora_linear_backward_fake, _lora_linear_backward_autograd,
+)  # fmt: skip
 
 
 def _check_gradient(dy: Tensor, s: Tensor, route: Route) -> None:
     """dy and s must be what the forward of this route made, for they are read by pointer."""
-    shapes = {"dy": (dy, route.y_shape), "s": (s, (*route.x_shape[:-1], route.problem.R))}
-    for name, (tensor, shape) in shapes.items():
-        if tuple(tensor.shape) != shape:
+    s_shape = (*route.x_shape[:-1], route.problem.R)
+    for name, tensor, shape in (("dy", dy, route.y_shape), ("s", s, s_shape)):
+        if tensor.shape != shape:
             raise ValueError(
                 f"lora_linear_backward: {name} has shape {list(tensor.shape)}, "
                 f"expected {list(shape)}."
@@ -182,18 +243,16 @@ def _register_autocast(device_type: str) -> None:
     def kernel(_: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         x = x.to(compute_dtype(x))
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return _LORA_LINEAR(x, *args)
+            return LORA_LINEAR(x, *args)
 
     _LIBRARY.impl("lora_linear", kernel, key, with_keyset=True)
 
 
-_LORA_LINEAR = torch.ops.lora_fused.lora_linear.default
-_LIBRARY = torch.library.Library("lora_fused", "FRAGMENT")
 for _device_type in ("cpu", "cuda", "xpu"):
     _register_autocast(_device_type)
 
 
-@register_flop_formula(torch.ops.lora_fused.lora_linear)
+@register_flop_formula([torch.ops.lora_fused.lora_linear, torch.ops.lora_fused.lora_linear_kernel])
 def _lora_linear_flops(
     x_shape: Any, weight_shape: Any, a_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
@@ -203,7 +262,9 @@ def _lora_linear_flops(
     return int(2 * M * (N * K + R * (K + N)))
 
 
-@register_flop_formula(torch.ops.lora_fused.lora_linear_backward)
+@register_flop_formula(
+    [torch.ops.lora_fused.lora_linear_backward, torch.ops.lora_fused.lora_linear_backward_kernel]
+)
 def _lora_linear_backward_flops(
     dy_shape: Any, x_shape: Any, weight_shape: Any, a_shape: Any, b_shape: Any, bias_shape: Any,
     s_shape: Any, seed_shape: Any, scaling: float, dropout_p: float, backend: str,

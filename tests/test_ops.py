@@ -34,13 +34,27 @@ def test_opcheck(dtype: torch.dtype, dropout: bool, rank: int, bias: bool, batch
     needs = [True, False, True, True, bias]
     args = (dy, x, *params, s, seed, 2.0, 0.5, "auto", needs)
     torch.library.opcheck(NAMESPACE.lora_linear_backward.default, args)
+    torch.library.opcheck(NAMESPACE.lora_linear_backward_kernel.default, args)
+    operands = (x, *params, seed, 2.0, 0.5, "auto")
+    torch.library.opcheck(NAMESPACE.lora_linear_kernel.default, operands)
 
 
 def test_every_registered_operator_is_checked_above() -> None:
     names = {
         name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lora_fused::")
     }
-    assert names == {"lora_fused::lora_linear", "lora_fused::lora_linear_backward"}
+    stems = ("lora_linear", "lora_linear_backward")
+    assert names == {f"lora_fused::{stem}{end}" for stem in stems for end in ("", "_kernel")}
+
+
+def test_double_backward_through_the_operator_is_refused() -> None:
+    case = make_case(6, 16, 8, 3)
+    x = case.x.clone().requires_grad_()
+    y = NAMESPACE.lora_linear(
+        x, case.weight, case.lora_A, case.lora_B, None, None, 2.0, 0.0, "auto"
+    )
+    with pytest.raises(RuntimeError, match="lora_linear has no double backward"):
+        torch.autograd.grad(y[0].sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
