@@ -3,9 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cpu/isa.h"
+#include "arguments.h"
 #include "cpu/scratch.h"
-#include "problem.h"
 
 namespace py = pybind11;
 
@@ -16,38 +15,12 @@ void register_cuda(py::module_ m);  // cuda/cuda_bindings.cpp
 #endif
 
 namespace lora_fused {
+
+void register_layer(py::module_& m);  // layer_bindings.cpp
+
 namespace {
 
 using Pointer = std::uintptr_t;
-
-const Kernels& kernels_of(const std::string& isa) {
-  std::string names;
-  for (const Kernels* kernels : supported_kernels()) {
-    if (isa == kernels->isa) return *kernels;
-    names += (names.empty() ? "" : ", ") + std::string(kernels->isa);
-  }
-  throw py::value_error("isa: got '" + isa +
-                        "', expected one that this CPU runs: " + (names.empty() ? "none" : names));
-}
-
-DType dtype_of(int code) {
-  if (code < 0 || code > 2)
-    throw py::value_error("dtype: got code " + std::to_string(code) +
-                          ", expected 0 (fp32), 1 (bf16) or 2 (fp16)");
-  return static_cast<DType>(code);
-}
-
-void check_sizes(i64 first, i64 second, i64 third, i64 fourth, int threads) {
-  if (first < 0 || second < 0 || third < 0 || fourth < 0)
-    throw py::value_error("sizes: got a negative one, expected all >= 0");
-  if (threads < 1) throw py::value_error("threads: got " + std::to_string(threads) + ", expected at least 1");
-}
-
-u32 threshold_of(i64 threshold) {
-  if (threshold < 0 || threshold > 65536)
-    throw py::value_error("threshold: got " + std::to_string(threshold) + ", expected 0 to 65536");
-  return static_cast<u32>(threshold);
-}
 
 Matrix matrix(Pointer data, i64 row_stride, i64 col_stride) {
   return {reinterpret_cast<const void*>(data), row_stride, col_stride};
@@ -186,6 +159,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("shrink_reduce", shrink_reduce);
   m.def("reduce", reduce);
   m.def("keep_mask", keep_mask);
+  register_layer(m);
 #if defined(LORA_FUSED_HAVE_CUDA)
   cuda::register_cuda(m.def_submodule("cuda"));
 #endif

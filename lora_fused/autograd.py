@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from lora_fused.backends import BACKENDS
+from lora_fused.backends import BACKENDS, cpu_layer
 from lora_fused.backends.torch_ops import flatten
 from lora_fused.config import FUSED_STRATEGIES, Call, Route
 from lora_fused.reference import Gradients
@@ -51,7 +51,8 @@ class LoRALinearFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.call = call
-        y, s = lora_forward(call, x, weight, lora_A, lora_B, bias)
+        wants_s = "lora_B" in call.route.needs
+        y, s = lora_forward(call, x, weight, lora_A, lora_B, bias, wants_s)
         ctx.save_for_backward(*what_to_save(call.route.needs, x, s, weight, lora_A, lora_B))
         return y
 
@@ -89,11 +90,11 @@ def what_to_save(
     """Only the tensors that a requested gradient will read."""
     dx, da = "x" in needs, "lora_A" in needs
     return Saved(
-        x=x if da or "weight" in needs else None,
-        s=s if "lora_B" in needs else None,
-        weight=weight if dx else None,
-        lora_A=lora_A if dx else None,
-        lora_B=lora_B if dx or da else None,
+        x if da or "weight" in needs else None,
+        s if "lora_B" in needs else None,
+        weight if dx else None,
+        lora_A if dx else None,
+        lora_B if dx or da else None,
     )
 
 
@@ -104,16 +105,35 @@ def lora_forward(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     bias: Tensor | None,
+    wants_s: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """y [..., N] and s [M, R] (None for rank 0) of x [..., K], which has the compute dtype."""
+    """y [..., N] and s [M, R] of x [..., K], which has the compute dtype.
+
+    s is None for rank 0, and may be where it is not wanted.
+    """
     route = call.route
-    if torch._C._is_any_autocast_enabled():
-        # Every operand gets its final dtype here; autocast must not cast again.
-        with torch.autocast(route.problem.device_type, enabled=False):
-            return lora_forward(call, x, weight, lora_A, lora_B, bias)
     if route.cast:
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         lora_A, lora_B = _cast_adapters(route, lora_A, lora_B, x.dtype)
+    if route.forward_layer is not None and call.keep is None:
+        return cpu_layer.forward(call, x, weight, lora_A, lora_B, bias, wants_s)
+    if torch._C._is_any_autocast_enabled():
+        # Every operand has its final dtype; autocast must not cast again.
+        with torch.autocast(route.problem.device_type, enabled=False):
+            return _forward(call, x, weight, lora_A, lora_B, bias)
+    return _forward(call, x, weight, lora_A, lora_B, bias)
+
+
+def _forward(
+    call: Call,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """lora_forward by the backend's operations, on operands of the compute dtype."""
+    route = call.route
     config = route.config
     ops, s = BACKENDS[config.backend], None
     if config.forward in FUSED_STRATEGIES:
@@ -140,7 +160,9 @@ def lora_backward(call: Call, dy: Tensor, saved: Saved) -> Gradients:
         adapters = _cast_adapters(route, saved.lora_A, saved.lora_B, dy.dtype)
         saved = Saved(x, saved.s, weight, *adapters)
     dx = dweight = da = dbias = None
-    if config.reduce_tiles is not None or config.dx in FUSED_STRATEGIES:
+    if route.backward_layer is not None and call.keep is None:
+        dx, da, db = cpu_layer.backward(call, dy, *saved)
+    elif config.reduce_tiles is not None or config.dx in FUSED_STRATEGIES:
         dx, da, db = _fewer_launches(call, dy, saved)
     else:
         ds, db = shrink_gradients(call, dy, saved.s, saved.lora_B)

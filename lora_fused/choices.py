@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Generic, TypeVar
 
-import torch
+from torch import Tensor
 
 Answer = TypeVar("Answer")
 
@@ -22,8 +22,8 @@ class Choices(Generic[Answer]):
         self._final: dict[Any, Answer] = {}
         self._for_now: dict[Any, tuple[Answer, int]] = {}
 
-    def get(self, key: Any, where: torch.device) -> Answer | None:
-        """The answer that holds for a call on this device now."""
+    def get(self, key: Any, x: Tensor) -> Answer | None:
+        """The answer that holds for a call on the device of x now."""
         answer = self._final.get(key)
         if answer is not None or not self._for_now:
             return answer
@@ -33,7 +33,7 @@ class Choices(Generic[Answer]):
         from lora_fused import gpu_store, gpu_tuning
 
         answer, lessons = found
-        holds = lessons == gpu_store.lessons() and not gpu_tuning.may_measure(where)
+        holds = lessons == gpu_store.lessons() and not gpu_tuning.may_measure(x.device)
         return answer if holds else None
 
     def keep(self, key: Any, answer: Answer, final: bool = True) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -166,7 +166,8 @@ class Route:
 
     cast says that a parameter has another dtype than the compute dtype; wide_adapters that the
     backend's fused kernels take fp32 adapters as they are. param_dtypes are those of weight,
-    lora_A, lora_B and bias, in which their gradients come back.
+    lora_A, lora_B and bias, in which their gradients come back. forward_layer and backward_layer:
+    the native layer that runs a whole direction in one call (see backends.cpu_layer), or None.
     """
 
     problem: Problem
@@ -178,6 +179,8 @@ class Route:
     y_shape: tuple[int, ...]
     param_dtypes: tuple[torch.dtype | None, ...]
     wide_adapters: bool = False
+    forward_layer: Any = field(default=None, compare=False, repr=False)
+    backward_layer: Any = field(default=None, compare=False, repr=False)
 
 
 class Mask(NamedTuple):

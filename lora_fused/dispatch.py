@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_fused import backends, checks, gpu_choice
-from lora_fused.backends import BACKENDS
+from lora_fused.backends import BACKENDS, cpu_layer
 from lora_fused.backends import cpu as cpu_backend
 from lora_fused.backends.cpu import PackedWeight
 from lora_fused.backends.cpu_rule import choose_cpu
@@ -30,7 +30,7 @@ from lora_fused.config import (
     Route,
 )
 from lora_fused.devices import DEVICES
-from lora_fused.request import facts, gpu_facts, problem_of
+from lora_fused.request import facts_of, gpu_facts, problem_of
 
 if TYPE_CHECKING:
     from lora_fused.gpu_tuning import Trial
@@ -62,14 +62,10 @@ def route_for(
     """
     on_gpu = (*gpu_facts(x, weight, lora_A, lora_B), given_mask) if x.is_cuda else None
     key = (
-        facts(x), facts(weight), weight.stride(), facts(lora_A), facts(lora_B), facts(bias),
-        dropout, backend, None if packed is None else packed.dtype, needs, cast_weight,
-        on_gpu,
-        torch.is_grad_enabled(), torch.get_num_threads(),
-        torch._C._get_deterministic_algorithms(),
-        checks.compute_dtype(x) if torch._C._is_any_autocast_enabled() else None,
+        facts_of(x, weight, lora_A, lora_B, bias), dropout, backend,
+        None if packed is None else packed.dtype, needs, cast_weight, on_gpu, modes_of(x),
     )  # fmt: skip
-    route = _routes.get(key, x.device)
+    route = _routes.get(key, x)
     if route is None:
         params = (weight, lora_A, lora_B, bias)
         problem = problem_of(x, params, dropout, packed, needs, cast_weight, on_gpu)
@@ -83,6 +79,15 @@ def route_for(
     return route
 
 
+def modes_of(x: Tensor) -> tuple[object, ...]:
+    """The modes of torch that checks and choices depend on."""
+    return (
+        torch.is_grad_enabled(), torch.get_num_threads(),
+        torch._C._get_deterministic_algorithms(),
+        checks.compute_dtype(x) if torch._C._is_any_autocast_enabled() else None,
+    )  # fmt: skip
+
+
 def _route(
     problem: Problem,
     x: Tensor,
@@ -90,6 +95,9 @@ def _route(
     config: Config,
 ) -> Route:
     dtypes = tuple(None if t is None else t.dtype for t in params)
+    layers = (
+        cpu_layer.layer_of(problem, config, dtypes) if config.backend == "cpu" else (None, None)
+    )
     return Route(
         problem=problem,
         config=config,
@@ -100,6 +108,8 @@ def _route(
         y_shape=(*x.shape[:-1], problem.N),
         param_dtypes=dtypes,
         wide_adapters=_takes_wide_adapters(problem, config),
+        forward_layer=layers[0],
+        backward_layer=layers[1],
     )
 
 

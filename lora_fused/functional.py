@@ -110,7 +110,7 @@ def call_layer(
     call = Call(route, scale, mask, packed, keep)
     if route.needs:
         return LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, call)
-    return lora_forward(call, x, weight, lora_A, lora_B, bias)[0]
+    return lora_forward(call, x, weight, lora_A, lora_B, bias, wants_s=False)[0]
 
 
 def _recorded(
@@ -176,6 +176,12 @@ def is_distributed(t: Tensor) -> bool:
 def draw_seed(device: torch.device) -> Tensor:
     """63 random bits from torch's default generator of the device, as a tensor that stays there."""
     return torch.randint(0x7FFFFFFFFFFFFFFF, (), dtype=torch.int64, device=device)
+
+
+def draw_seeds(count: int) -> list[int]:
+    """The seeds that so many calls of draw_seed for the CPU would draw, by one."""
+    seeds: list[int] = torch.randint(0x7FFFFFFFFFFFFFFF, (count,), dtype=torch.int64).tolist()
+    return seeds
 
 
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor | None:

@@ -152,22 +152,23 @@ class FusedLoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out] of x [..., in]. Errors are those of lora_linear."""
-        weight, pack = packed.read(self.weight)
+        weight, pack = packed.read(parameter(self, "weight"))
+        bias = parameter(self, "bias")
         if self.fan_in_fan_out:
             weight = weight.t()
         if self.r == 0 or self._merged is not None:
             if pack is None:
-                return nn.functional.linear(x, weight, self.bias)
-            return call_layer(x, weight, None, None, self.bias, 1.0, 0.0, None, self.backend, pack)
+                return nn.functional.linear(x, weight, bias)
+            return call_layer(x, weight, None, None, bias, 1.0, 0.0, None, self.backend, pack)
         p = self.lora_dropout if self.training else 0.0
         lora_A, lora_B = self.adapter()
         return call_layer(
-            x, weight, lora_A, lora_B, self.bias, self.scaling, p, None, self.backend, pack
+            x, weight, lora_A, lora_B, bias, self.scaling, p, None, self.backend, pack
         )
 
     def adapter(self) -> tuple[Tensor, Tensor]:
         """lora_A [R, in] and lora_B [out, R] to compute with; subclasses may store them packed."""
-        return self.lora_A, self.lora_B
+        return parameter(self, "lora_A"), parameter(self, "lora_B")
 
     def lora_weights(self) -> LoRAWeights:
         """This layer as a member of lora_linear_group. Not for a merged layer or one with r = 0."""
@@ -276,6 +277,15 @@ class FusedLoRALinear(nn.Linear):
             if getattr(self, name)
         ]
         return ", ".join(parts)
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """module.<name>, several times faster where it is an ordinary Parameter.
+
+    FSDP and parametrizations put a view or a property in its place.
+    """
+    parameters = module.__dict__["_parameters"]
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def _initial_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:

@@ -9,13 +9,28 @@ import torch
 from torch import Tensor
 
 from lora_fused import checks
+from lora_fused.backends import cpu
 from lora_fused.backends.cpu import PackedWeight
 from lora_fused.config import GRADIENT_NAMES, Problem
 from lora_fused.devices import gpu_of, tf32_is_allowed
 
 
-def facts(t: Tensor | None) -> Any:
-    """What checks and choices depend on; computed at every call, so only cheap attributes."""
+def facts_of(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+) -> Any:
+    """What checks and choices depend on, to look up at every call: by native code where it can."""
+    module = cpu.native()
+    known = None if module is None else module.facts(x, weight, lora_A, lora_B, bias)
+    if known is not None:
+        return known
+    return weight.stride(), *(_facts(t) for t in (x, weight, lora_A, lora_B, bias))
+
+
+def _facts(t: Tensor | None) -> Any:
     if t is None:
         return None
     return t.shape, t.dtype, t.device, t.layout, t.requires_grad, t.is_neg(), type(t)

@@ -28,13 +28,14 @@ from lora_fused.autograd import (
 from lora_fused.backends import BACKENDS, torch_ops
 from lora_fused.backends.torch_ops import flatten
 from lora_fused.config import Call, Mask, Route
-from lora_fused.dispatch import also_forget, route_for
-from lora_fused.functional import call_layer, draw_seed, drawn_mask, is_traced, make_mask
+from lora_fused.dispatch import also_forget, modes_of, route_for
+from lora_fused.functional import call_layer, draw_seeds, drawn_mask, is_traced
 from lora_fused.reference import dropout_threshold, effective_scaling
+from lora_fused.request import facts_of
 
 _MAX_ROUTES = 1024
-_own_routes: dict[Any, tuple[Route, Route]] = {}
-also_forget(_own_routes.clear)
+_known: dict[Any, tuple[Route, list[Route]]] = {}
+also_forget(_known.clear)
 
 
 class Adapter(NamedTuple):
@@ -60,9 +61,9 @@ def call_several(
     """
     if torch._C._are_functorch_transforms_active() or is_traced():
         return _composed(x, weight, bias, adapters, backend)
-    route = _route(x, weight, bias, adapters, backend)
+    route, own = _routes_of(x, weight, bias, adapters, backend)
     x = _as(x, route.compute)
-    calls = tuple(_call(route, x, adapter) for adapter in adapters)
+    calls = _calls(route, own, x, adapters)
     params = [t for adapter in adapters for t in adapter[:2]]
     if route.needs:
         y: Tensor = SeveralAdaptersFunction.apply(x, weight, bias, route, calls, *params)
@@ -114,9 +115,26 @@ class SeveralAdaptersFunction(torch.autograd.Function):
         return _backward(ctx.route, calls, dy, x, weight, s, params)
 
 
-def _route(
+def _routes_of(
     x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], backend: str
-) -> Route:
+) -> tuple[Route, list[Route]]:
+    """The route of all together, and that of each; remembered on the CPU, where they are final."""
+    if x.device.type != "cpu":
+        return _find_routes(x, weight, bias, adapters, backend)
+    facts = (facts_of(x, weight, *adapter[:2], bias) for adapter in adapters)
+    key = (backend, modes_of(x), *facts)
+    known = _known.get(key)
+    if known is None:
+        known = _find_routes(x, weight, bias, adapters, backend)
+        if len(_known) >= _MAX_ROUTES:
+            _known.clear()
+        _known[key] = known
+    return known
+
+
+def _find_routes(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], backend: str
+) -> tuple[Route, list[Route]]:
     """The route of one adapter as wide as all together; its masks cannot be a launch's own."""
     first = adapters[0]
     R = sum(adapter.lora_A.shape[0] for adapter in adapters)
@@ -129,45 +147,47 @@ def _route(
         everything += [("lora_B", adapter.lora_B) for adapter in adapters]
         needs = {name for name, t in everything if t is not None and t.requires_grad}
     params = (weight, lora_A, lora_B, bias)
-    return route_for(x, *params, True, backend, needs=frozenset(needs), given_mask=True)
+    route = route_for(x, *params, True, backend, needs=frozenset(needs), given_mask=True)
+    return route, [_own_route(route, adapter) for adapter in adapters]
 
 
-def _call(route: Route, x: Tensor, adapter: Adapter) -> Call:
-    """What one adapter carries from forward to backward."""
-    lora_A, lora_B, scaling, p, keep = adapter
-    own = _own_route(route, lora_A, lora_B)
-    if keep is not None:
-        return Call(own, scaling / (1 - p) if p < 1 else 0.0, keep=flatten(keep))
-    threshold = dropout_threshold(p)
-    if threshold == 0:
-        return Call(own, scaling)
-    scale = effective_scaling(scaling, p)
-    if route.problem.device is None and route.config.backend != "torch":
-        return Call(own, scale, make_mask(draw_seed(x.device), p))
-    return Call(own, scale, keep=drawn_mask(route, Mask(0, threshold), x.device))
-
-
-def _own_route(route: Route, lora_A: Tensor, lora_B: Tensor) -> Route:
-    """The route of all with the rank, the dtypes and the needs of one adapter; remembered."""
-    R, wanted = lora_A.shape[0], (lora_A.requires_grad, lora_B.requires_grad)
-    key = (id(route), R, lora_A.dtype, lora_B.dtype, *wanted)
-    known = _own_routes.get(key)
-    if known is not None and known[0] is route:
-        return known[1]
+def _own_route(route: Route, adapter: Adapter) -> Route:
+    """The route of all with the rank, the dtypes and the needs of one adapter."""
+    lora_A, lora_B = adapter[:2]
     needs = route.needs
-    for name, is_wanted in zip(("lora_A", "lora_B"), wanted, strict=True):
-        needs = needs if is_wanted else needs - {name}
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        needs = needs if tensor.requires_grad else needs - {name}
     weight_dtype, _, _, bias_dtype = route.param_dtypes
-    own = replace(
+    return replace(
         route,
-        problem=replace(route.problem, R=R),
+        problem=replace(route.problem, R=lora_A.shape[0]),
         needs=needs,
         param_dtypes=(weight_dtype, lora_A.dtype, lora_B.dtype, bias_dtype),
+        forward_layer=None,
+        backward_layer=None,
     )
-    if len(_own_routes) >= _MAX_ROUTES:
-        _own_routes.clear()
-    _own_routes[key] = route, own
-    return own
+
+
+def _calls(
+    route: Route, own: Sequence[Route], x: Tensor, adapters: Sequence[Adapter]
+) -> tuple[Call, ...]:
+    """What the adapters carry from forward to backward."""
+    regenerates = route.problem.device is None and route.config.backend != "torch"
+    drawing = [a.keep is None and dropout_threshold(a.dropout_p) > 0 for a in adapters]
+    seeds = iter(draw_seeds(sum(drawing)) if regenerates and any(drawing) else ())
+    calls = []
+    for call_route, (_, _, scaling, p, keep), draws in zip(own, adapters, drawing, strict=True):
+        mask, scale = None, scaling
+        if keep is not None:
+            keep, scale = flatten(keep), scaling / (1 - p) if p < 1 else 0.0
+        elif draws:
+            scale, mask = effective_scaling(scaling, p), Mask(0, dropout_threshold(p))
+            if regenerates:
+                mask = Mask(next(seeds), mask.threshold)
+            else:
+                keep, mask = drawn_mask(route, mask, x.device), None
+        calls.append(Call(call_route, scale, mask, keep=keep))
+    return tuple(calls)
 
 
 def _forward(

@@ -65,6 +65,7 @@ def test_everything_works_without_the_native_module(monkeypatch: pytest.MonkeyPa
 def test_a_cpu_without_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
     class Module:
         supported_isas = staticmethod(lambda: [])
+        facts = staticmethod(lambda *tensors: None)
 
     monkeypatch.setattr(cpu, "native", Module)
     dispatch.forget_choices()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lora_fused import functional, lora_linear
-from lora_fused.backends import BACKENDS
+from lora_fused import dispatch, functional, lora_linear
+from lora_fused.backends import BACKENDS, cpu_layer
 from lora_fused.testing import Case, assert_close_to_ref, check_case, make_case, run_case
 from tests.conftest import Path
 
@@ -206,6 +206,16 @@ def test_without_a_fault_nothing_fails(main_path: Path, dtype: torch.dtype) -> N
     check_case(case_of(dtype), main_path.backend)
 
 
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Operations called one by one: a fault cannot be put between those of one native call."""
+    monkeypatch.setattr(cpu_layer, "layer_of", lambda *call: (None, None))
+    dispatch.forget_choices()
+    yield
+    dispatch.forget_choices()
+
+
+@pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_caught(
@@ -217,6 +227,7 @@ def test_fault_is_caught(
     assert failing_outputs(case_of(dtype), main_path.backend) == expected
 
 
+@pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_stale_buffer_is_caught_on_the_second_call(
     main_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

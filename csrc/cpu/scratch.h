@@ -1,6 +1,6 @@
 // Scratch memory that a thread keeps between calls (fresh pages cost more than small kernels do). Its size is
 // bounded by the blocking constants, not by the problem, except for the packed rows of x, bounded by
-// kMaxPackedRows bytes.
+// kMaxPackedRows bytes, and s or ds where nobody else reads them, bounded by kMaxKeptBytes.
 #pragma once
 
 #include <cstddef>
@@ -18,6 +18,7 @@ enum class Slot : int {
   turned,
   keep,
   row,
+  rank,
   count
 };
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from lora_fused.backends import torch_ops
-from lora_fused.config import Mask, Problem, Route
+from lora_fused.config import Config, Mask, Problem, Route
 
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ALIGNMENT = 64
 
 
@@ -53,9 +53,11 @@ class PackedWeight(NamedTuple):
 def native() -> Any:
     """The native module, or None where it was not built."""
     try:
-        return importlib.import_module(".._C", __package__)
+        module = importlib.import_module(".._C", __package__)
     except ImportError:
         return None
+    module.bind_torch(Tensor, torch.nn.Parameter)
+    return module
 
 
 @functools.cache
@@ -93,7 +95,7 @@ def not_supported_reasons(problem: Problem) -> list[str]:
     reasons = []
     if problem.device_type != "cpu":
         reasons.append(f"the tensors are on {problem.device_type}")
-    if problem.dtype not in _DTYPE_CODES:
+    if problem.dtype not in DTYPE_CODES:
         name = str(problem.dtype).removeprefix("torch.")
         reasons.append(f"there are no native kernels for {name}")
     if not problem.plain:
@@ -112,12 +114,12 @@ def shrink(route: Route, x: Tensor, a: Tensor, scale: float, mask: Mask | None =
     config = route.config
     if config.forward == "library" and mask is None:
         return torch_ops.shrink(route, x, a, scale)
-    x, sm, sk = _rows(x)
+    x, sm, sk = rows(x)
     M, R, dtype = route.problem.M, a.shape[0], x.dtype
     s = torch.empty(M, R, dtype=dtype)
-    seed, threshold = (0, 0) if mask is None else _words(mask)
+    seed, threshold = (0, 0) if mask is None else words(mask)
     native().shrink(
-        config.isa, _DTYPE_CODES[dtype], M, route.problem.K, R,
+        config.isa, DTYPE_CODES[dtype], M, route.problem.K, R,
         x.data_ptr(), sm, sk, a.data_ptr(), *a.stride(),
         scale, seed, threshold, s.data_ptr(), config.threads,
     )  # fmt: skip
@@ -140,8 +142,7 @@ def matmul(
     config = route.config
     strategy = config.forward if direction == "forward" else config.dx
     if strategy in ("own", "packed"):
-        panels = packed if strategy == "packed" else None
-        return _own(route, direction, x, weight, s, adapter, bias, mask, panels, out)
+        return _own(route, direction, x, weight, s, adapter, bias, mask, packed, out)
     if strategy == "library" and mask is None:
         return torch_ops.matmul(route, direction, x, weight, s, adapter, bias, out=out)
     y = torch_ops.matmul(route, direction, x, weight, None, None, bias, out=out)
@@ -165,21 +166,19 @@ def _own(
     """The extended matmul: the rank runs as R more steps of the contraction."""
     config, problem, dtype = route.config, route.problem, x.dtype
     forward = direction == "forward"
-    x, sm, sk = _rows(x)
+    x, sm, sk = rows(x)
     (N, K), (w_sn, w_sk) = (problem.N, problem.K), weight.stride()
     shape = route.y_shape
     if not forward:
         N, K, w_sn, w_sk, shape = K, N, w_sk, w_sn, route.x_shape
     y = torch.empty(shape, dtype=dtype) if out is None else out
-    seed, threshold = (0, 0) if mask is None else _words(mask)
-    panels = 0
-    if packed is not None and packed.isa == config.isa and packed.dtype == dtype:
-        panels = (packed.forward if forward else packed.dx).data_ptr()
+    seed, threshold = (0, 0) if mask is None else words(mask)
+    panels = 0 if packed is None else panels_of(config, direction, packed, dtype)
     if bias is not None and bias.stride(0) != 1:
         bias = bias.contiguous()
     R, *rank_term = _rank_term(s, adapter, forward)
     native().matmul(
-        config.isa, _DTYPE_CODES[dtype], problem.M, N, K, R,
+        config.isa, DTYPE_CODES[dtype], problem.M, N, K, R,
         x.data_ptr(), sm, sk, weight.data_ptr(), w_sk, w_sn, panels, *rank_term,
         0 if bias is None else bias.data_ptr(), out is not None, seed, threshold,
         y.data_ptr(), N, config.threads,
@@ -187,15 +186,23 @@ def _own(
     return y
 
 
+def panels_of(config: Config, direction: str, packed: PackedWeight, dtype: torch.dtype) -> int:
+    """The address of the pack for a direction; 0 where its strategy does not read this pack."""
+    strategy = config.forward if direction == "forward" else config.dx
+    if strategy != "packed" or packed.isa != config.isa or packed.dtype != dtype:
+        return 0
+    return (packed.forward if direction == "forward" else packed.dx).data_ptr()
+
+
 def expand(
     route: Route, direction: str, y: Tensor, s: Tensor, adapter: Tensor, mask: Mask | None
 ) -> None:
     """See torch_ops.expand: the extended matmul with nothing but its extension."""
     config, N = route.config, y.shape[-1]
-    seed, threshold = (0, 0) if mask is None else _words(mask)
+    seed, threshold = (0, 0) if mask is None else words(mask)
     R, *rank_term = _rank_term(s, adapter, direction == "forward")
     native().matmul(
-        config.isa, _DTYPE_CODES[y.dtype], route.problem.M, N, 0, R,
+        config.isa, DTYPE_CODES[y.dtype], route.problem.M, N, 0, R,
         0, 0, 1, 0, 1, 0, 0, *rank_term, 0, True, seed, threshold,
         y.data_ptr(), N, config.threads,
     )  # fmt: skip
@@ -214,15 +221,15 @@ def shrink_reduce(
     config = route.config
     if config.dx == "library":
         return torch_ops.shrink_reduce(route, dy, b, scale, s, need_ds, db_dtype)
-    dy, sm, sn = _rows(dy)
+    dy, sm, sn = rows(dy)
     M, N, R = route.problem.M, route.problem.N, route.problem.R
     ds = torch.empty(M, R, dtype=dy.dtype) if need_ds else None
-    db = None if db_dtype is None else torch.empty(N, R, dtype=_native_output_dtype(db_dtype))
+    db = None if db_dtype is None else torch.empty(N, R, dtype=native_dtype(db_dtype))
     native().shrink_reduce(
-        config.isa, _DTYPE_CODES[dy.dtype], M, N, R, dy.data_ptr(), sm, sn,
+        config.isa, DTYPE_CODES[dy.dtype], M, N, R, dy.data_ptr(), sm, sn,
         *((0, R, 1) if b is None else (b.data_ptr(), *b.stride())), scale,
         0 if ds is None else ds.data_ptr(), 0 if s is None else s.data_ptr(),
-        *((0, 0) if db is None else (db.data_ptr(), _DTYPE_CODES[db.dtype])), R, 1, config.threads,
+        *((0, 0) if db is None else (db.data_ptr(), DTYPE_CODES[db.dtype])), R, 1, config.threads,
     )  # fmt: skip
     return ds, db if db is None or db.dtype == db_dtype else db.to(db_dtype)
 
@@ -232,14 +239,14 @@ def reduce(route: Route, ds: Tensor, x: Tensor, mask: Mask | None, dtype: torch.
     config = route.config
     if config.dx == "library" and mask is None:
         return torch_ops.reduce(route, ds, x, None, dtype)
-    x, sm, sk = _rows(x)
+    x, sm, sk = rows(x)
     M, K, R = route.problem.M, route.problem.K, ds.shape[1]
-    da = torch.empty(R, K, dtype=_native_output_dtype(dtype))
-    seed, threshold = (0, 0) if mask is None else _words(mask)
+    da = torch.empty(R, K, dtype=native_dtype(dtype))
+    seed, threshold = (0, 0) if mask is None else words(mask)
     native().reduce(
-        config.isa, _DTYPE_CODES[x.dtype], M, K, R,
+        config.isa, DTYPE_CODES[x.dtype], M, K, R,
         ds.data_ptr(), x.data_ptr(), sm, sk, seed, threshold,
-        da.data_ptr(), _DTYPE_CODES[da.dtype], K, 1, config.threads,
+        da.data_ptr(), DTYPE_CODES[da.dtype], K, 1, config.threads,
     )  # fmt: skip
     return da if da.dtype == dtype else da.to(dtype)
 
@@ -251,7 +258,7 @@ def pack(weight: Tensor, threads: int) -> PackedWeight:
 
 def _pack(w: Tensor, threads: int) -> Tensor:
     """The packed bytes of the logical operand w [contraction, outputs]."""
-    code, (K, N) = _DTYPE_CODES[w.dtype], w.shape
+    code, (K, N) = DTYPE_CODES[w.dtype], w.shape
     nbytes = native().packed_bytes(isa(), code, K, N)
     buffer = torch.empty(nbytes + _ALIGNMENT, dtype=torch.uint8)
     panels = buffer.narrow(0, -buffer.data_ptr() % _ALIGNMENT, nbytes)
@@ -259,7 +266,7 @@ def _pack(w: Tensor, threads: int) -> Tensor:
     return panels
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int, int]:
+def rows(x: Tensor) -> tuple[Tensor, int, int]:
     """x [..., cols] as M rows: the tensor to keep alive, its row stride and its column stride.
 
     Only activations whose every stride jumps are copied, as torch's own GEMM would do.
@@ -276,7 +283,8 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int]:
     return x, x.shape[-1], 1
 
 
-def _words(mask: Mask) -> tuple[int, int]:
+def words(mask: Mask) -> tuple[int, int]:
+    """Seed and threshold of a mask as native code takes them."""
     return int(mask.seed) & 0xFFFFFFFFFFFFFFFF, mask.threshold
 
 
@@ -291,5 +299,6 @@ def _rank_term(
     return s.shape[1], s.data_ptr(), s.stride(0), adapter.data_ptr(), l_sr, l_sn
 
 
-def _native_output_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in _DTYPE_CODES else torch.float32
+def native_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which native code writes what is wanted in another one."""
+    return dtype if dtype in DTYPE_CODES else torch.float32

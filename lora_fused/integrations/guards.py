@@ -80,23 +80,27 @@ def drops_now(dropout: nn.Module) -> bool:
 
 
 def why_not_bypassed(module: nn.Module, what: str) -> str | None:
-    """Why calling a module is more than the computation of its class."""
+    """Why calling a module is more than the computation of its class.
+
+    Asked of every module at every call, hence __dict__: nn.Module's __getattr__ slows attributes.
+    """
+    own = module.__dict__
     if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
+        own["_forward_hooks"] or own["_forward_pre_hooks"]
+        or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    ):  # fmt: skip
         return f"{what} has hooks"
-    if "forward" in module.__dict__ or _is_patched(type(module)):
+    kind = type(module)
+    if "forward" in own or _is_patched(kind):
         return f"the forward of {what} is patched"
     return None
 
 
 def _is_patched(kind: Any) -> bool:
     """Whether the forward of a class is another than it was written with."""
-    if kind in STOCK_FORWARDS:
-        return kind.forward is not STOCK_FORWARDS[kind]
+    stock = STOCK_FORWARDS.get(kind)
+    if stock is not None:
+        return kind.forward is not stock
     return bool(kind.forward.__module__ != kind.__module__)
 
 
@@ -121,12 +125,6 @@ def why_not_plain(t: Tensor, what: str) -> str | None:
     if t.layout != torch.strided:
         return f"{what} has layout {t.layout}"
     return None
-
-
-def parameter(module: Any, name: str) -> Any:
-    """module.<name>, which is not in _parameters where FSDP has put a view in its place."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def type_name(value: Any) -> str:

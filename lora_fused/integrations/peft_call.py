@@ -17,7 +17,6 @@ from lora_fused.integrations.guards import (
     MERGED,
     NO_ADAPTER,
     Options,
-    parameter,
     torch_mask,
 )
 from lora_fused.integrations.peft_guards import (
@@ -29,6 +28,7 @@ from lora_fused.integrations.peft_guards import (
     why_stock_input,
     why_stock_layer,
 )
+from lora_fused.linear import parameter
 from lora_fused.several import Adapter, call_several
 
 _KNOWN_ARGUMENTS = {"adapter_names", "alora_offsets"}

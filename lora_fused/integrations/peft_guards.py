@@ -17,7 +17,6 @@ from lora_fused.integrations.guards import (
     Options,
     drops_now,
     has_global_hooks,
-    parameter,
     type_name,
     why_no_torch_mask,
     why_not_bypassed,
@@ -25,6 +24,7 @@ from lora_fused.integrations.guards import (
     why_not_input,
     why_not_plain,
 )
+from lora_fused.linear import parameter
 
 BASE_ADAPTER = "__base__"
 

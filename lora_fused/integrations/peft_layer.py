@@ -13,7 +13,6 @@ from lora_fused.explain import LayerReport, gpu_lines, needs_of, of_this_rank
 from lora_fused.group import LoRAWeights
 from lora_fused.integrations.acceleration import Acceleration
 from lora_fused.integrations.group_window import Member, call_in_group, facts_of
-from lora_fused.integrations.guards import parameter
 from lora_fused.integrations.peft_call import (
     adapters_of_call,
     fused_call,
@@ -22,6 +21,7 @@ from lora_fused.integrations.peft_call import (
     why_stock,
 )
 from lora_fused.integrations.peft_guards import child, drops
+from lora_fused.linear import parameter
 
 
 class FusedLinear(Linear):

@@ -29,7 +29,6 @@ from lora_fused.integrations.guards import (
     Options,
     drops_now,
     has_global_hooks,
-    parameter,
     torch_mask,
     type_name,
     why_no_torch_mask,
@@ -39,6 +38,7 @@ from lora_fused.integrations.guards import (
     why_not_plain,
 )
 from lora_fused.integrations.report import LayerStatus, Report
+from lora_fused.linear import parameter
 
 __all__ = ["FusedLoRALinear", "accelerate", "explain", "restore"]
 
