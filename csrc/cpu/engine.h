@@ -101,6 +101,7 @@ struct VectorEngine {
   static constexpr i64 kWordPad = 1;                  // packed words come in multiples of this
   static constexpr i64 kBlockWords = 1024;            // contraction block
   static constexpr i64 kPanelBytes = i64{512} << 10;  // panels of one job: a part of the second-level cache
+  static constexpr bool kReadsPanels = true;          // the right operand need not be packed: see outer.h
   static constexpr i64 kTurnedTokens = 128;           // at most; their panels of one block fill kPanelBytes
   // Rows up to which b is read where it is, along or across the contraction: see small.h.
   static constexpr i64 kDotRows = 8, kAxpyRows = kPairs ? 4 : 16;
@@ -144,6 +145,7 @@ struct AmxEngine {
   // NOTE: loading and storing the sums of a block costs as much as 8 of its steps do: few, long blocks.
   static constexpr i64 kBlockWords = 2048;
   static constexpr i64 kPanelBytes = i64{768} << 10;
+  static constexpr bool kReadsPanels = false;
   static constexpr i64 kTurnedTokens = 0;  // not measured
   static constexpr i64 kDotRows = 4, kAxpyRows = 4;
 

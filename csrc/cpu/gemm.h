@@ -25,7 +25,8 @@ namespace lora_fused::LORA_FUSED_ISA {
 
 constexpr i64 kMaxPackedRows = i64{8} << 20;  // bytes
 constexpr i64 kTurnedRows = 112;  // rows of a job of a turned product: whole tiles, and whole vectors of y
-constexpr i64 kRowPitchPad = 16;  // words; keeps equal columns of different rows out of one cache set
+constexpr i64 kTokenBlockWords = 128;  // over tokens: panels that stay in the first-level cache (measured)
+constexpr i64 kRowPitchPad = 16;       // words; keeps equal columns of different rows out of one cache set
 
 // Words of a contraction of k elements, padded for the engine.
 template <class Engine>
@@ -65,8 +66,10 @@ class GemmRun {
     // One panel needs no blocks: it stays in the cache, and whole rows are read in the order of memory. NOTE:
     // a turned product takes the blocks of one that is not, so that a row does not depend on how many there
     // are.
-    const i64 limit = g.N <= kPanel && !g.turned ? g.block_words : min(g.block_words, Engine::kBlockWords);
-    blocks = max(1, ceil_div(words, limit));
+    const i64 limit = g.over_tokens                ? kTokenBlockWords
+                      : g.N <= kPanel && !g.turned ? words
+                                                   : Engine::kBlockWords;
+    blocks = max(1, ceil_div(words, max(1, limit)));
     block_words = max(16, round_up(ceil_div(words, blocks), 16));
     // NOTE: rows whose distance is a power of two share one set of the first-level cache (8 to 12 ways); more
     // of them than ways would evict a line before its words are used.

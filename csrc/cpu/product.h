@@ -18,7 +18,7 @@ struct Gemm {
   bool accumulate = false;
   Output y;
   bool turned = false;  // y and the operands are the transposes of what was asked: bias[m] instead of bias[n]
-  i64 block_words = 1 << 20;  // at most this much contraction at a time, if less than the engine's own block
+  bool over_tokens = false;  // a gradient of an adapter: few rows, and the contraction runs over the tokens
 };
 
 // Chooses the loop nest of a product by its shape, and the engine by its dtype.
@@ -27,8 +27,5 @@ void run(DType dtype, const Gemm& gemm, int threads);
 // Writes y of a product without a bias from its sums: rows x cols of them, rows `pitch` (whole vectors)
 // apart.
 void write_sums(const Gemm& gemm, i64 rows, i64 cols, const float* sums, i64 pitch);
-
-// A contraction over tokens goes in blocks whose panels stay in the first-level cache (measured).
-constexpr i64 kTokenBlockWords = 128;
 
 }  // namespace lora_fused::LORA_FUSED_ISA

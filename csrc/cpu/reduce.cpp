@@ -14,7 +14,7 @@ void reduce(DType dtype, const ReduceArgs& args) {
   gemm.b = args.x;
   gemm.drop_b = args.dropout;
   gemm.y = args.da;
-  gemm.block_words = kTokenBlockWords;
+  gemm.over_tokens = true;
   run(dtype, gemm, args.threads);
 }
 

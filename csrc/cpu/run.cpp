@@ -1,6 +1,7 @@
 // The one place where engines and loop nests are instantiated.
 #include "gemm.h"
 #include "operations.h"
+#include "outer.h"
 #include "small.h"
 
 namespace lora_fused::LORA_FUSED_ISA {
@@ -64,6 +65,9 @@ void run(DType dtype, const Gemm& gemm, int threads) {
   with_engine(dtype, [&]<class Engine, class T>() {
     const auto go = [&](auto body) { parallel(threads, body); };
     if (is_dot<Engine>(gemm)) return go(DotRun<T, Engine::kIsPairs>(gemm));
+    if constexpr (Engine::kReadsPanels)
+      if (gemm.over_tokens && gemm.b.col_stride == 1 && gemm.K > kShortContraction)
+        return go(OuterRun<T, Engine::kIsPairs>(gemm));
     if (is_axpy<Engine>(gemm)) return go(AxpyRun<T>(gemm));
     go(GemmRun<Engine, T>(is_turned<Engine>(gemm) ? turn(dtype, gemm, threads) : gemm));
   });

@@ -40,7 +40,7 @@ Gemm db_of(const ShrinkReduceArgs& args, i64 count, const Matrix& dy, const Matr
   gemm.M = args.R, gemm.N = args.N, gemm.K = count;
   gemm.a = {s.data, s.col_stride, s.row_stride};
   gemm.b = dy;
-  gemm.block_words = kTokenBlockWords;
+  gemm.over_tokens = true;
   gemm.y = {args.db.data, args.db.col_stride, args.db.row_stride, args.db.dtype};
   return gemm;
 }
