@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .clocks import latest
 from .global_races import Knowledge, merged
-from .thread_sync import latest
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -33,6 +33,7 @@ class Mbarrier:
     abroad: Knowledge = field(default_factory=dict)
     abroad_done: Knowledge = field(default_factory=dict)
     waiting: np.ndarray | None = None
+    refused: np.ndarray | None = None  # lanes whose try_wait gave up in this phase
     posted: np.ndarray | None = None
     posted_done: np.ndarray | None = None
 
@@ -118,26 +119,42 @@ class TransactionBarriers:
 
     # ---- phases ----------------------------------------------------------------------------
 
-    def arrive(self, lanes: np.ndarray, at: int, count: int, expect: int, release: bool) -> int:
-        """`lanes` arrive `count` times each; returns the phase they arrived in."""
+    def arrive(
+        self,
+        lanes: np.ndarray,
+        at: int,
+        count: int,
+        expect: int,
+        release: bool,
+        drop: bool = False,
+        may_complete: bool = True,
+    ) -> np.ndarray:
+        """`lanes` arrive `count` times each, one after the other; returns the state each found:
+        its phase, and 32 bits above that the pending count.  `drop`: later phases expect so many
+        fewer."""
         machine = self.machine
         barrier = self.get(int(lanes[0]), at)
-        phase = barrier.phase
         if not 1 <= count <= MAX_TRANSACTION:
             machine.stop("mbarrier", f"arrival with count {count}", None)
         first = barrier.pending // count
-        if 0 < first < len(lanes):  # one after the other: the rest arrives in the next phase
-            self.arrive(lanes[:first], at, count, expect, release)
-            return self.arrive(lanes[first:], at, count, expect, release)
+        if 0 < first < len(lanes):  # the rest arrives in the next phase
+            options = (at, count, expect, release, drop, may_complete)
+            parts = (lanes[:first], lanes[first:])
+            return np.concatenate([self.arrive(part, *options) for part in parts])
+        pending = barrier.pending - count * np.arange(len(lanes))
+        states = np.uint64(barrier.phase) + (pending.astype(np.uint64) << np.uint64(32))
         if release:
             team = int(lanes[0]) // machine.team_lanes
             known = machine.clocks.release(team, lanes % machine.team_lanes)
-            barrier.known = _latest(barrier.known, known)
+            barrier.known = latest(barrier.known, known)
             barrier.abroad = merged(barrier.abroad, machine.races.known_to(lanes))
         barrier.posted = machine.thread_sync.arrive(lanes, barrier.posted)
         if expect:
             self._transactions(barrier, expect * len(lanes), at)
         barrier.pending -= count * len(lanes)
+        barrier.count -= count * len(lanes) if drop else 0
+        if not may_complete and not barrier.pending and not barrier.transactions:
+            machine.stop("mbarrier", "arrive.noComplete completes the phase", None)
         if barrier.pending < 0:
             machine.stop(
                 "barrier-count",
@@ -147,9 +164,10 @@ class TransactionBarriers:
             )
         machine.progress += 1
         self._update(barrier)
-        return phase
+        return states
 
     def expect(self, lane: int, at: int, size: int) -> None:
+        """More bytes are pending; fewer if `size` is negative."""
         barrier = self.get(lane, at)
         self._transactions(barrier, size, at)
         self._update(barrier)
@@ -159,7 +177,7 @@ class TransactionBarriers:
         barrier = self.get(None, at)
         known = np.zeros(self.machine.clocks.known.shape[2], np.int32)
         known[barrier.column] = tick
-        barrier.known = _latest(barrier.known, known)
+        barrier.known = latest(barrier.known, known)
         self._transactions(barrier, -size, at)
         self.machine.progress += 1
         self._update(barrier)
@@ -171,7 +189,7 @@ class TransactionBarriers:
             where = self.machine.shared.describe(at)
             self.machine.find("invalidated", f"arrival at an invalidated mbarrier, {where}", None)
             return
-        barrier.known = _latest(barrier.known, known)
+        barrier.known = latest(barrier.known, known)
         barrier.posted = latest(barrier.posted, known)
         barrier.pending -= 1
         if barrier.pending < 0:
@@ -193,10 +211,12 @@ class TransactionBarriers:
             return
         barrier.phase += 1
         barrier.pending = barrier.count
+        barrier.refused = None
         if barrier.known is not None:
-            barrier.done = _latest(barrier.done, barrier.known)
+            barrier.done = latest(barrier.done, barrier.known)
         barrier.known = None
-        barrier.posted_done = latest(barrier.posted_done, barrier.posted)
+        if barrier.posted is not None:
+            barrier.posted_done = latest(barrier.posted_done, barrier.posted)
         barrier.posted = None
         if barrier.abroad:
             barrier.abroad_done = merged(barrier.abroad_done, barrier.abroad)
@@ -232,6 +252,18 @@ class TransactionBarriers:
                 team, lanes % machine.team_lanes, np.pad(known, (0, width - len(known)))
             )
 
+    def gives_up(self, lanes: np.ndarray, barrier: Mbarrier) -> bool:
+        """Whether a try_wait returns before its phase completes, as its time limit allows.
+
+        Once per lane and phase, so that who asks again is suspended in the end."""
+        before = barrier.refused
+        if before is not None and np.isin(lanes, before).any():
+            return False
+        if not self.machine.picker.gives_up():
+            return False
+        barrier.refused = lanes if before is None else np.concatenate([before, lanes])
+        return True
+
     def time_out(self) -> bool:
         """Suspended try_waits give up (their time limit), unless that helped nobody before."""
         machine = self.machine
@@ -245,10 +277,3 @@ class TransactionBarriers:
         self.timed_out[waiting] = True
         machine.retry(waiting)
         return True
-
-
-def _latest(a: np.ndarray | None, b: np.ndarray) -> np.ndarray:
-    if a is None:
-        return b
-    width = max(len(a), len(b))
-    return np.maximum(np.pad(a, (0, width - len(a))), np.pad(b, (0, width - len(b))))
