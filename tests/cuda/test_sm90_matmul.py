@@ -34,6 +34,8 @@ CASES = [
     Case(72, ((136, 72, 8), (40, 72, 20)), separate=True, p=0.2, block_n=128, clusters=1),
     Case(72, ((72, 72, 8), (72, 136, 16), (72, 64, 30)), direction="dx"),
     Case(72, ((72, 72, 8), (72, 136, 16)), direction="dx", p=0.4, dtype="f16"),
+    # more tiles of one stage, one after the other, than there are slots to announce them in
+    Case(700, ((72, 64, 8),), cluster=1, clusters=1),
     # tiny
     Case(1, ((8, 8, 1),), bias=True, clusters=1),
     Case(1, ((8, 8, 1),), direction="dx", cluster=1, clusters=1),

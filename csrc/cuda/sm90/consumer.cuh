@@ -31,6 +31,7 @@ struct Consumer {
       wait_barrier(shared.full(stage.index), stage.parity);
       const Tile tile = uniform(announced_tile(shared, slot.index));
       slot.next();
+      ptx::bar_sync(1 + group, 128);  // all warps have read the slot: what one releases may free it
       if (tile.row < 0) break;
       if (tile.column < 0) {
         shrink_tile(tile);
