@@ -121,7 +121,11 @@ def _best_of(
     legal = [o for o in gpu_choice.options(problem, part, names) if o.strategy == strategy]
     if not legal:
         return None
-    return _with_reduce(problem, direction, legal[0].predicted_us, names)
+    apart = _with_reduce(problem, direction, legal[0].predicted_us, names)
+    if "backward" not in gpu_choice.parts_of(problem) or direction == "forward":
+        return apart
+    together = gpu_choice.options(problem, "backward", names)
+    return min([apart, *(o.predicted_us for o in together if o.strategy == strategy)])
 
 
 def _with_reduce(

@@ -20,7 +20,7 @@ def describe(
     And one for each strategy that a backend has, but not for this problem.
     """
     lines = [_total(config)] if config.predicted_us is not None else []
-    for part in parts_of(problem):
+    for part in _parts_run(problem, config):
         found = options(problem, part, names)
         times = gpu_tuning.recalled(problem, part) or {}
         used = next((o for o in found if _is_used(o, config)), None)
@@ -37,6 +37,13 @@ def describe(
     return lines
 
 
+def _parts_run(problem: Problem, config: Config) -> list[str]:
+    """The parts of the call: "backward", or dx and reduce."""
+    together = config.tiles("backward") is not None
+    run = {"forward", "backward"} if together else {"forward", "dx", "reduce"}
+    return [part for part in parts_of(problem) if part in run]
+
+
 def _total(config: Config) -> str:
     measured = f", {config.measured_us:.1f} us measured" if config.measured_us else ""
     return f"{config.predicted_us:.1f} us modelled{measured}, all launches of the layer"
@@ -47,7 +54,8 @@ def _is_used(option: Option, config: Config) -> bool:
     tiles = config.tiles(part)
     if option.is_library:
         return tiles is None
-    strategy = config.forward if part == "forward" else config.dx if part == "dx" else "reduce"
+    makes_dx = part in ("dx", "backward")
+    strategy = config.forward if part == "forward" else config.dx if makes_dx else "reduce"
     return (option.backend, option.strategy, option.tiles) == (config.backend, strategy, tiles)
 
 

@@ -201,6 +201,12 @@ def _fewer_launches(
     ops, config = BACKENDS[route.config.backend], route.config
     x, s, weight, lora_A, lora_B = saved
     dx = ds = da = db = None
+    if config.tiles("backward") is not None:
+        _, a_dtype, b_dtype, _ = route.param_dtypes
+        dx, da, db = ops.shrink_matmul_reduce(
+            route, dy, weight, lora_A, lora_B, call.scale, x, s, a_dtype, b_dtype
+        )
+        return dx, da, db
     if "x" in needs and config.dx in FUSED_STRATEGIES:
         dx, ds = ops.shrink_matmul(
             route, "dx", dy, weight, lora_B, lora_A, call.scale, None, call.mask

@@ -79,6 +79,7 @@ class Tiles:
     splits: parts of the contraction that are summed at the end (reduce, shrink, decode).
     descriptors: tensor descriptors (TMA). persistent: a fixed number of blocks walks the tiles.
     shrink_group: how many consecutive S tiles one ticket of the s_first schedule hands out.
+    reduce_parts: parts of the tokens in which a dx launch sums up da and db too; 0: it does not.
     """
 
     block_m: int = 0
@@ -91,6 +92,7 @@ class Tiles:
     descriptors: bool = False
     persistent: bool = False
     shrink_group: int = 1
+    reduce_parts: int = 0
 
     def __str__(self) -> str:
         blocks = [size for size in (self.block_m, self.block_n, self.block_k) if size]
@@ -100,6 +102,7 @@ class Tiles:
         parts += [f"{self.num_stages} stages"] if self.num_stages else []
         parts += [f"{self.splits} splits"] if self.splits > 1 else []
         parts += [f"{self.shrink_group} S tiles a ticket"] if self.shrink_group > 1 else []
+        parts += [f"da and db in {self.reduce_parts} parts"] if self.reduce_parts else []
         parts += [word for word in ("descriptors", "persistent") if getattr(self, word)]
         return " ".join(parts)
 
@@ -108,9 +111,10 @@ class Tiles:
 class Candidate:
     """One legal way of running an operation on a GPU.
 
-    strategy: "split" or one of FUSED_STRATEGIES for the operations "forward" and "dx"; "shrink" and
-    "reduce" for those. shared_bytes: of one block. registers: of one thread; measured from the
-    compiled kernel where that was possible, else an estimate.
+    strategy: "split" or one of FUSED_STRATEGIES for the operations "forward", "dx" and "backward"
+    (dx, da and db by one launch); "shrink" and "reduce" for those. shared_bytes: of one block.
+    registers: of one thread; measured from the compiled kernel where that was possible, else an
+    estimate.
     """
 
     strategy: str
@@ -146,7 +150,10 @@ class Config:
     measured_us: float | None = None
 
     def tiles(self, operation: str) -> Tiles | None:
-        """The tiles of "forward", "dx", "shrink" or "reduce"."""
+        """The tiles of "forward", "dx", "shrink", "reduce" or "backward"."""
+        if operation == "backward":
+            makes_all = self.dx_tiles is not None and self.dx_tiles.reduce_parts > 0
+            return self.dx_tiles if makes_all else None
         found: Tiles | None = getattr(self, f"{operation}_tiles")
         return found
 

@@ -35,10 +35,12 @@ from lora_fused.roofline import (
     tile_us,
     work_of,
 )
-from lora_fused.schedule import s_first_makespan, waves
+from lora_fused.schedule import filled_makespan, s_first_makespan, waves
 
 _FLAG_US = 0.3
 _HOPPER_S_TILE, _S_TILE = 64, 128  # ranks of an S tile
+_REDUCE_N, _REDUCE_M = 128, 128  # columns and tokens of a step of a reduce tile
+_LATE = 1 / 2  # of the reduce tiles of a dx launch: those that come after the tiles of dx
 _REGENERATED_MASK_BYTES = 140  # moved per element by torch's operations that make a mask again
 _DRAWN_MASK_BYTES = 6  # moved per element: a mask of bytes drawn or read, x read, x written
 
@@ -65,7 +67,8 @@ def speed_of(backend: str, capability: int) -> float:
 
 
 def operation_us(problem: Problem, operation: str, backend: str, candidate: Candidate) -> float:
-    """One launch: "forward" or "dx" (with s or ds where the strategy makes it), "shrink", "reduce".
+    """One launch: "forward" or "dx" (with s or ds where the strategy makes it), "shrink", "reduce",
+    "backward" (dx with da and db).
 
     "shrink" is that of x; for the one of dy see `shrink_us`. problem.device must be set.
     """
@@ -85,6 +88,8 @@ def operation_us(problem: Problem, operation: str, backend: str, candidate: Cand
     if candidate.strategy == "decode":
         return _decode_us(rates, work, candidate)
     slower = 1 / speed_of(backend, problem.device.capability)
+    if operation == "backward":
+        return LAUNCH_US + _backward_us(rates, work, candidate, slower)
     time = models[candidate.strategy](rates, work, candidate) - LAUNCH_US
     return LAUNCH_US + slower * time
 
@@ -96,8 +101,10 @@ def _adds_up(backend: str, candidate: Candidate) -> bool:
 
 
 def library_us(problem: Problem, operation: str) -> float:
-    """The operation by torch: "forward" and "dx" with their shrink, or "reduce"."""
+    """The operation by torch: "forward" and "dx" with their shrink, "reduce" or "backward"."""
     assert problem.device is not None
+    if operation == "backward":
+        return library_us(problem, "dx") + library_us(problem, "reduce")
     rates = rates_of(problem.device, problem.dtype, problem.tf32)
     if operation == "reduce":
         return _library_reduce_us(rates, problem)
@@ -195,6 +202,19 @@ def _one_pass_us(rates: Rates, work: Work, candidate: Candidate) -> float:
 
 def _s_first_us(rates: Rates, work: Work, candidate: Candidate) -> float:
     """The S tiles first in the list of one persistent launch; x is in the cache after them."""
+    rounds = s_first_makespan(*_s_first_list(rates, work, candidate))
+    return LAUNCH_US + max(rounds + _FLAG_US, _s_first_moved_us(rates, work), BODY_US)
+
+
+def _s_first_moved_us(rates: Rates, work: Work) -> float:
+    moved = work.x_bytes + work.weight_bytes + work.y_bytes + work.adapter_bytes
+    return moved / rates.dram + 2 * work.s_bytes / rates.l2
+
+
+def _s_first_list(
+    rates: Rates, work: Work, candidate: Candidate
+) -> tuple[int, float, int, int, float, int]:
+    """S tiles, the time of one, how many a ticket hands out; tiles, the time of one; slots."""
     tiles = candidate.tiles
     count, slots, sharing = tile_counts(rates, work, candidate)
     ranks = _HOPPER_S_TILE if tiles.descriptors else _S_TILE
@@ -202,17 +222,29 @@ def _s_first_us(rates: Rates, work: Work, candidate: Candidate) -> float:
     shrink = rows * work.K * rates.itemsize / rates.sm_load
     if work.masked and work.forward:
         shrink = max(shrink, mask_us(rates, tiles.block_m * work.K))
-    rounds = s_first_makespan(
-        waves(work.M, tiles.block_m) * waves(work.R, ranks),
-        shrink * sharing,
-        tiles.shrink_group,
-        count,
-        tile_us(rates, work, tiles) * sharing,
+    shrink_tiles = waves(work.M, tiles.block_m) * waves(work.R, ranks)
+    time = tile_us(rates, work, tiles) * sharing
+    return shrink_tiles, shrink * sharing, tiles.shrink_group, count, time, slots
+
+
+def _backward_us(rates: Rates, work: Work, candidate: Candidate, slower: float) -> float:
+    """dx, and its reduce tiles: those between the tiles of dx take a multiprocessor's time only,
+    the late ones wait for memory as well."""
+    shrink_tiles, shrink, group, count, time, slots = _s_first_list(rates, work, candidate)
+    parts, sharing = max(1, candidate.tiles.reduce_parts), slots / rates.device.sms
+    step = _REDUCE_M * (_REDUCE_N + work.R) * rates.itemsize / rates.sm_load
+    math = 2 * _REDUCE_M * _REDUCE_N * max(64, work.R) / rates.sm_flops / rates.device.sustained
+    one = waves(waves(work.M, _REDUCE_M), parts) * max(step, math) * sharing
+    reduce = (waves(work.K, _REDUCE_N) + waves(work.N, _REDUCE_N)) * parts * one
+    sums = 2 * parts * (work.K + work.N) * work.R * 4 / rates.l2
+    read = read_us(rates, work.x_bytes) + read_us(rates, work.y_bytes)
+    rounds = filled_makespan(
+        s_first_makespan(shrink_tiles, shrink, group, count, slower * time, slots),
+        shrink_tiles * shrink + count * slower * time + (1 - _LATE) * reduce,
         slots,
+        _LATE * max(read, reduce / slots) + one,
     )
-    moved = work.x_bytes + work.weight_bytes + work.y_bytes + work.adapter_bytes
-    moved_us = moved / rates.dram + 2 * work.s_bytes / rates.l2
-    return LAUNCH_US + max(rounds + _FLAG_US, moved_us, BODY_US)
+    return max(rounds + sums + _FLAG_US, _s_first_moved_us(rates, work) + read, BODY_US)
 
 
 def _decode_us(rates: Rates, work: Work, candidate: Candidate) -> float:

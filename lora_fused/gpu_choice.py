@@ -2,8 +2,8 @@
 
 A call has three parts: "forward" (y and s), "dx" (dx and ds) and "reduce" (da and db). Each can be
 run by torch's operations ("library", always legal) or by a candidate of a backend; one backend runs
-all parts that are not torch's. Pure functions: what a device says and what was timed comes in as
-arguments.
+all parts that are not torch's. A fourth, "backward", is dx and reduce by one launch, in their
+place. Pure functions: what a device says and what was timed comes in as arguments.
 """
 
 from __future__ import annotations
@@ -62,20 +62,22 @@ def part_config(
     tiles: Tiles | None,
     shrink_tiles: Tiles | None = None,
 ) -> Config:
-    """One part ("forward", "dx", "reduce" or "shrink") by a backend, the others by torch."""
+    """One part ("forward", "dx", "reduce", "backward" or "shrink") by a backend, the others by
+    torch."""
+    makes_dx = part in ("dx", "backward")
     return Config(
         backend,
         strategy if part == "forward" else "library",
-        strategy if part == "dx" else "library",
+        strategy if makes_dx else "library",
         forward_tiles=tiles if part == "forward" else None,
-        dx_tiles=tiles if part == "dx" else None,
+        dx_tiles=tiles if makes_dx else None,
         shrink_tiles=tiles if part == "shrink" else shrink_tiles,
         reduce_tiles=tiles if part == "reduce" else None,
     )
 
 
 def parts_of(problem: Problem) -> tuple[str, ...]:
-    """The parts that a call computes."""
+    """The parts that a call computes; "backward" is another way to run the two before it."""
     if problem.R == 0:
         return ()
     parts = ["forward"]
@@ -83,6 +85,8 @@ def parts_of(problem: Problem) -> tuple[str, ...]:
         parts.append("dx")
     if not problem.needs.isdisjoint(("lora_A", "lora_B")):
         parts.append("reduce")
+    if problem.needs >= {"x", "lora_A", "lora_B"} and not problem.dropout and not problem.group:
+        parts.append("backward")
     return tuple(parts)
 
 
@@ -174,6 +178,7 @@ def configure(
             )
             for part, found in considered.items()
         }
+        chosen = _together_or_apart(chosen, measured)
         total = sum(_rank(option, measured.get(part)) for part, option in chosen.items())
         total += _mask_penalty(problem, backend, chosen)
         if best is None or total < best[0]:
@@ -183,6 +188,23 @@ def configure(
     if all(option.is_library for option in chosen.values()):
         backend = "torch"
     return _assemble(backend, chosen, shrinks.get(backend), measured)
+
+
+def _together_or_apart(
+    chosen: dict[str, Option], measured: Mapping[str, Prices]
+) -> dict[str, Option]:
+    """The best options of the parts, with "backward" or with what it stands for."""
+    together = chosen.get("backward")
+    apart = {part: option for part, option in chosen.items() if part != "backward"}
+    pair = [part for part in ("dx", "reduce") if part in apart]
+    if together is None or together.is_library or len(pair) < 2:
+        return apart
+    if len({part in measured for part in (*pair, "backward")}) > 1:
+        return apart  # measured times are not held against modelled ones
+    costs = sum(_rank(apart[part], measured.get(part)) for part in pair)
+    if _rank(together, measured.get("backward")) >= costs:
+        return apart
+    return {part: option for part, option in chosen.items() if part not in pair}
 
 
 def _mask_penalty(problem: Problem, backend: str, chosen: Mapping[str, Option]) -> float:
@@ -211,14 +233,15 @@ def _assemble(
 ) -> Config:
     tiles = {part: option.tiles for part, option in chosen.items()}
     strategies = {part: option.strategy for part, option in chosen.items()}
+    makes_dx = "backward" if "backward" in chosen else "dx"
     times = [measured[part].get(o.name) for part, o in chosen.items() if part in measured]
     known = [time for time in times if time is not None]
     return Config(
         backend,
         strategies.get("forward", "library"),
-        strategies.get("dx", "library"),
+        strategies.get(makes_dx, "library"),
         forward_tiles=tiles.get("forward"),
-        dx_tiles=tiles.get("dx"),
+        dx_tiles=tiles.get(makes_dx),
         shrink_tiles=shrink,
         reduce_tiles=tiles.get("reduce"),
         predicted_us=sum(option.predicted_us for option in chosen.values()),

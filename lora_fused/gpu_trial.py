@@ -20,6 +20,7 @@ _NEEDS = {
     "forward": frozenset[str](),
     "dx": frozenset({"x"}),
     "reduce": frozenset({"lora_A", "lora_B"}),
+    "backward": frozenset({"x", "lora_A", "lora_B"}),
 }
 
 

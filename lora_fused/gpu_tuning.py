@@ -35,7 +35,7 @@ from lora_fused.gpu_choice import (
 )
 from lora_fused.small_check import Kernel
 
-BUDGET_SECONDS = {"forward": 0.2, "dx": 0.2, "reduce": 0.1}
+BUDGET_SECONDS = {"forward": 0.15, "dx": 0.125, "reduce": 0.1, "backward": 0.125}
 _MAX_ROUNDS = 50
 _TRIAL_DROPOUT = 6554  # of 65536
 

@@ -33,3 +33,13 @@ def s_first_makespan(
     return start + min(
         max(waves(tiles + late, slots) * time, delay), delay + waves(tiles, slots) * time
     )
+
+
+def filled_makespan(alone: float, busy: float, slots: int, late: float) -> float:
+    """When a list is done between whose tiles stand smaller ones of another kind, and behind them
+    more of these, which take `late` in all.
+
+    alone: the list without them; busy: the time of all tiles but the late ones. Those begin while
+    the last round still runs, and then nothing but they is left.
+    """
+    return max(alone, busy / max(1, slots) + late)

@@ -46,6 +46,7 @@ def _kernel(problem: Problem, backend: str, part: str, strategy: str, tiles: Til
     """The kernel without what is only an argument of it: into how many parts the work is cut."""
     assert problem.device is not None
     tiles = replace(tiles, splits=min(tiles.splits, 2), shrink_group=min(tiles.shrink_group, 2))
+    tiles = replace(tiles, reduce_parts=min(tiles.reduce_parts, 2))
     return Kernel(
         problem.device, backend, part, strategy, tiles, problem.dtype, bool(problem.group)
     )

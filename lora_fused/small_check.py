@@ -22,6 +22,7 @@ _OUTPUTS = {
     "forward": ("y", "s"),
     "dx": ("dx",),
     "reduce": ("da", "db"),
+    "backward": ("dx", "da", "db"),
     "shrink": ("s", "da"),
 }
 
@@ -29,13 +30,15 @@ _NEEDS = {
     "forward": frozenset[str](),
     "dx": frozenset({"x"}),
     "reduce": frozenset({"lora_A", "lora_B"}),
+    "backward": frozenset({"x", "lora_A", "lora_B"}),
     "shrink": frozenset({"lora_A"}),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """What is checked, and demoted, as one: part is "forward", "dx", "reduce" or "shrink"."""
+    """What is checked, and demoted, as one: part is "forward", "dx", "reduce", "backward" or
+    "shrink"."""
 
     device: Device
     backend: str
@@ -76,7 +79,7 @@ def _small_problems(kernel: Kernel, where: torch.device) -> Iterator[tuple[list[
     tiles = kernel.tiles
     M = 11 if kernel.strategy == "decode" else 2 * (tiles.block_m or 64) + 5
     wide, deep = (tiles.block_n or 128) + 24, 3 * (tiles.block_k or 64) + 40
-    K, N = (wide, deep) if kernel.part == "dx" else (deep, wide)
+    K, N = (wide, deep) if kernel.part in ("dx", "backward") else (deep, wide)
     R = min(tiles.block_r or 16, 64)
     for (dropout_p, bias), by_column in itertools.product(
         ((0.0, True), (_DROPOUT, False)), (False, True)

@@ -8,6 +8,7 @@ lora_fused/backends/__init__.py and lora_fused/group_hook.py, computed in fp32 a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from lora_fused.config import (
 from lora_fused.devices import Device
 
 calls: list[str] = []
+offers_backward = False  # as part "backward": set by the tests of it
 
 
 def not_supported_reasons(problem: Problem) -> list[str]:
@@ -46,6 +48,9 @@ def candidates(problem: Problem, device: Device, operation: str) -> list[Candida
     if operation in ("shrink", "reduce"):
         return [Candidate(operation, Tiles(block_m=64, block_k=64, num_warps=4), 32768, 64)]
     tiles = Tiles(128, 256, 64, num_warps=8, num_stages=3, persistent=True, shrink_group=3)
+    if operation == "backward":
+        one = Candidate("s_first", replace(tiles, reduce_parts=2), 147456, 168)
+        return [one] if offers_backward and not problem.dropout and not problem.group else []
     names = ["split", "s_first", "one_pass"]
     found = [Candidate(name, tiles, 147456, 168) for name in names]
     if problem.M <= 16:
@@ -160,6 +165,27 @@ def reduce_pair(
         assert dy is not None and s is not None
         db = (flatten(dy).float().t() @ s.float()).to(db_dtype)
     return da, db
+
+
+def shrink_matmul_reduce(
+    route: Route,
+    dy: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    x: Tensor,
+    s: Tensor,
+    da_dtype: torch.dtype,
+    db_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, da and db by one launch."""
+    made = len(calls)
+    dx, ds = shrink_matmul(route, "dx", dy, weight, lora_B, lora_A, scale)
+    da, db = reduce_pair(route, ds, flatten(x), None, da_dtype, dy, s, db_dtype)
+    calls[made:] = ["shrink_matmul_reduce"]
+    assert da is not None and db is not None
+    return dx, da, db
 
 
 def group_forward(

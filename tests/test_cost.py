@@ -35,6 +35,8 @@ def every_time(p: Problem) -> dict[str, float]:
             candidate = Candidate(strategy, tiles, 98304, 168)
             for op in ("forward", "dx"):
                 times[f"{strategy} {op} {tiles}"] = cost.operation_us(p, op, "triton", candidate)
+        both = Candidate("s_first", replace(tiles, reduce_parts=4), 98304, 168)
+        times[f"backward {tiles}"] = cost.operation_us(p, "backward", "cuda", both)
         for op in ("shrink", "reduce"):
             candidate = Candidate(op, replace(tiles, block_r=64), 49152, 64)
             times[f"{op} {tiles}"] = cost.operation_us(p, op, "triton", candidate)
@@ -140,6 +142,67 @@ def test_s_tiles_ride_in_the_last_round_where_a_ticket_hands_out_several() -> No
     assert alone == pytest.approx(2 * 49.2)
     assert schedule.s_first_makespan(16, 14.9, 1, 256, 49.2, 132) > 1.1 * alone
     assert schedule.s_first_makespan(16, 14.9, 3, 256, 49.2, 132) == pytest.approx(alone)
+
+
+def simulate_mixed(
+    s_first: tuple[int, float, int, int, float, int], small: int, one: float, at_once: float
+) -> float:
+    """Tile by tile, as csrc/cuda/sm90/scheduler.cuh lists them: tickets of S tiles, tiles with half
+    of the `small` ones between them, the other half. `one`: the time of a small one; memory serves
+    `at_once` of them at full speed, and more share that."""
+    shrink_tiles, shrink, group, tiles, time, slots = s_first
+    early = small // 2
+    every = (early + tiles) // max(1, early)
+    mixed = [place % every == every - 1 for place in range(early * every)]
+    mixed += [False] * (early + tiles - len(mixed))
+    work: list[float | None] = [
+        shrink * min(group, shrink_tiles - first) for first in range(0, shrink_tiles, group)
+    ]
+    work += [None if is_small else time for is_small in mixed] + [None] * (small - sum(mixed))
+    now, running, reading = 0.0, [], []  # ends of the large ones; what is left of the small ones
+    while work or running or reading:
+        while work and len(running) + len(reading) < slots:
+            length = work.pop(0)
+            if length is None:
+                reading.append(one)
+            else:
+                heapq.heappush(running, now + length)
+        speed = min(1.0, at_once / max(1, len(reading)))
+        ends = [running[0] - now] if running else []
+        step = min([*ends, *([min(reading) / speed] if reading else [])])
+        now += step
+        reading = [left - step * speed for left in reading if left - step * speed > 1e-9]
+        while running and running[0] <= now + 1e-9:
+            heapq.heappop(running)
+    return now
+
+
+@pytest.mark.parametrize("M", [2048, 4096, 8192, 16384])
+@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (14336, 4096), (4096, 14336)])
+def test_the_closed_form_with_reduce_tiles_is_near_the_simulation(M: int, N: int, K: int) -> None:
+    """The forms of the Hopper kernel, in and out of the second-level cache: within 6 %."""
+    for group, parts in ((1, 8), (2, 4), (3, 8)):
+        closed, simulated = backward_both_ways(problem(M, N, K, 16), group, parts)
+        assert closed == pytest.approx(simulated, rel=0.06)
+
+
+def backward_both_ways(p: Problem, group: int, parts: int) -> tuple[float, float]:
+    """The time of dx, da and db by one launch on an H100: closed, and simulated."""
+    assert p.device is not None
+    rates, work = roofline.rates_of(p.device, p.dtype), roofline.work_of(p, "dx")
+    tiles = replace(TILES, descriptors=True, shrink_group=group, reduce_parts=parts)
+    candidate = Candidate("s_first", tiles, 196608, 168)
+    s_first = cost._s_first_list(rates, work, candidate)
+    read = roofline.read_us(rates, work.x_bytes) + roofline.read_us(rates, work.y_bytes)
+    bandwidth = (work.x_bytes + work.y_bytes) / read
+    alone = schedule.s_first_makespan(*s_first)
+    bandwidth *= 1 - cost._s_first_moved_us(rates, work) / alone  # the rest is read for dx
+    small = parts * (schedule.waves(p.K, 128) + schedule.waves(p.N, 128))
+    one = schedule.waves(p.M, 128 * parts) * 128 * (128 + p.R) * 2 / rates.sm_load
+    sums = 8 * parts * (p.K + p.N) * p.R / rates.l2
+    rounds = simulate_mixed(s_first, small, one, bandwidth / rates.sm_load)
+    closed = cost.operation_us(p, "backward", "cuda", candidate)
+    return closed, roofline.LAUNCH_US + rounds + sums
 
 
 # --- what it says -------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def test_only_legal_configurations_and_the_library_always(
                 (c.strategy, c.tiles)
                 for c in fake_backend.candidates(problem, DEVICES[device], part)
             } | {("library", None)}
-            if part != "reduce":
+            if part not in ("reduce", "backward"):
                 assert (getattr(config, part), config.tiles(part)) in legal
         if given_mask:
             assert {config.forward, config.dx} <= {"library", "split"}
@@ -96,6 +96,40 @@ def test_large_problems_by_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
         assert dispatch.choose(PROBLEM, "triton").backend == "triton"
         few = dispatch.choose(replace(PROBLEM, M=4))
         assert few.forward == "decode"
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("together_us", [100, 900])
+def test_dx_and_gradients_are_one_launch_where_that_is_faster(
+    together_us: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part but the library takes 200 us: dx and reduce 400 apart."""
+    together = together_us / 1e6
+    clock = Clock(0.001, shrink_matmul_reduce=together, shrink=0.0002, reduce=0.0002)
+    monkeypatch.setattr(gpu_tuning, "stopwatch", clock)
+    monkeypatch.setattr(fake_backend, "offers_backward", True)
+    run()
+    fake_backend.calls.clear()
+    run()
+    wins = together < 0.0004
+    after = ["shrink_matmul_reduce"] if wins else ["shrink_matmul dx", "reduce_pair"]
+    assert fake_backend.calls == ["shrink_matmul forward", *after]
+    config = config_of()
+    assert (config.tiles("backward") is not None) == wins
+    assert config.measured_us == pytest.approx(300 if wins else 600)
+    layer = FusedLoRALinear(PROBLEM.K, PROBLEM.N, r=PROBLEM.R, dtype=torch.bfloat16)
+    x = torch.randn(PROBLEM.M, PROBLEM.K, dtype=torch.bfloat16, requires_grad=True)
+    text = str(explain(layer, x))
+    assert ("da and db in 2 parts" in text) == ("backward: " in text) == wins
+    assert ("reduce: " in text) != wins
+
+
+@pytest.mark.parametrize(("changes", "parts"), [
+    ({}, True), ({"dropout": True}, False), ({"needs": frozenset({"x", "lora_A"})}, False),
+    ({"group": ((48, 8), (32, 8))}, False),
+])  # fmt: skip
+def test_when_one_launch_may_make_dx_and_gradients(changes: dict, parts: bool) -> None:
+    assert ("backward" in gpu_choice.parts_of(replace(PROBLEM, **changes))) == parts
 
 
 # --- what surrounds it ----------------------------------------------------------------------------

@@ -50,9 +50,10 @@ function(lora_fused_toolkit_of nvcc root)
   set(${root} "${top}" PARENT_SCOPE)
 endfunction()
 
-# "8.0;9.0a+PTX" to flags: `all` for kernels of every target, `hopper` for those that need sm_90a alone. Targets
-# below sm_80 and those that this nvcc does not know are left out.
-function(lora_fused_arch_flags nvcc arch_list all hopper)
+# "8.0;9.0a+PTX" to flags: `all` for kernels of every target, `hopper` for those that need sm_90a alone, `mma` for
+# the matmul by mma.sync, which nothing chooses on sm_90 to sm_110: no machine code for these. Targets below sm_80
+# and those that this nvcc does not know are left out.
+function(lora_fused_arch_flags nvcc arch_list all hopper mma)
   if(arch_list STREQUAL "all")
     set(arch_list "8.0;8.6;8.9;9.0a;9.0+PTX;10.0;12.0")
   endif()
@@ -61,6 +62,7 @@ function(lora_fused_arch_flags nvcc arch_list all hopper)
   string(REPLACE "\n" ";" known "${known}")
   set(flags)
   set(hopper_flags)
+  set(mma_flags)
   foreach(arch IN LISTS arch_list)
     string(REGEX MATCH "^([0-9]+)\\.([0-9])(a?)(\\+PTX)?$" matched "${arch}")
     set(number "${CMAKE_MATCH_1}${CMAKE_MATCH_2}")
@@ -80,8 +82,12 @@ function(lora_fused_arch_flags nvcc arch_list all hopper)
     if(NOT (number EQUAL 90 AND ptx AND "9.0a" IN_LIST arch_list))
       list(APPEND flags "-gencode=arch=compute_${number}${feature},code=sm_${number}${feature}")
     endif()
+    if(number LESS 90 OR NOT number LESS 120)
+      list(APPEND mma_flags "-gencode=arch=compute_${number},code=sm_${number}")
+    endif()
     if(ptx)
       list(APPEND flags "-gencode=arch=compute_${number},code=compute_${number}")
+      list(APPEND mma_flags "-gencode=arch=compute_${number},code=compute_${number}")
     endif()
     if(number EQUAL 90)
       set(hopper_flags "-gencode=arch=compute_90a,code=sm_90a")
@@ -90,9 +96,14 @@ function(lora_fused_arch_flags nvcc arch_list all hopper)
   if(NOT flags)
     message(FATAL_ERROR "lora_fused: no CUDA target is left of ${arch_list}")
   endif()
+  if(NOT mma_flags)
+    set(mma_flags "-gencode=arch=compute_80,code=compute_80")  # the launchers name these kernels
+  endif()
   list(REMOVE_DUPLICATES flags)
+  list(REMOVE_DUPLICATES mma_flags)
   set(${all} "${flags}" PARENT_SCOPE)
   set(${hopper} "${hopper_flags}" PARENT_SCOPE)
+  set(${mma} "${mma_flags}" PARENT_SCOPE)
 endfunction()
 
 function(lora_fused_compile_cuda nvcc source flags result)
@@ -136,7 +147,8 @@ find_path(cuda_include cuda_runtime_api.h NO_CACHE REQUIRED NO_DEFAULT_PATH
 find_library(cuda_runtime cudart_static NO_CACHE REQUIRED NO_DEFAULT_PATH
   PATHS ${cuda_root}/lib64 ${cuda_root}/lib ${cuda_root}/targets/x86_64-linux/lib
         ${cuda_root}/targets/sbsa-linux/lib)
-lora_fused_arch_flags(${LORA_FUSED_NVCC} "${LORA_FUSED_CUDA_ARCH_LIST}" cuda_flags cuda_hopper_flags)
+lora_fused_arch_flags(${LORA_FUSED_NVCC} "${LORA_FUSED_CUDA_ARCH_LIST}" cuda_flags cuda_hopper_flags
+  cuda_mma_flags)
 message(STATUS "lora_fused: CUDA kernels by ${LORA_FUSED_NVCC} for ${LORA_FUSED_CUDA_ARCH_LIST}")
 
 file(GLOB_RECURSE cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu)
@@ -146,6 +158,8 @@ foreach(source IN LISTS cuda_sources)
   set(flags ${cuda_flags})
   if(source MATCHES "/sm90/")
     set(flags ${cuda_hopper_flags})
+  elseif(source MATCHES "/sm80/")
+    set(flags ${cuda_mma_flags})
   endif()
   if(flags)
     lora_fused_compile_cuda(${LORA_FUSED_NVCC} ${source} "${flags}" object)

@@ -147,14 +147,18 @@ sm90::Layer layer(const LayerTuple& t, bool dx) {
           std::get<13>(t)};
 }
 
-// tile: block_n, blocks of a cluster, blocks of 64 columns of an S tile, S tiles of a ticket.
+// tile: block_n, blocks of a cluster, blocks of 64 columns of an S tile, S tiles of a ticket, parts of the
+// tokens that `gradients` are summed in: none, or those of lora_A and lora_B, of 0 columns where not wanted.
 void matmul_sm90(const WhereTuple& where, int math, bool dx, i64 M, const std::vector<LayerTuple>& layers,
-                 const std::tuple<int, int, int, int>& tile, const WorkspaceTuple& space) {
+                 const std::tuple<int, int, int, int, int>& tile, const std::vector<GradientTuple>& gradients,
+                 const WorkspaceTuple& space) {
   sm90::MatmulLaunch p{};
   p.M = M, p.dx = dx, p.members = static_cast<int>(layers.size());
   for (std::size_t i = 0; i < layers.size() && i < sm90::kMaxMembers; ++i) p.layer[i] = layer(layers[i], dx);
   p.words = workspace(space).tickets, p.error = workspace(space).error;
-  std::tie(p.block_n, p.cluster, p.shrink_blocks, p.shrink_group) = tile;
+  p.partials = workspace(space).partials;
+  std::tie(p.block_n, p.cluster, p.shrink_blocks, p.shrink_group, p.reduce_parts) = tile;
+  for (std::size_t i = 0; i < gradients.size() && i < 2; ++i) p.gradient[i] = gradient(gradients[i]);
   launch_at(where, sm90::launch_matmul, math_of(math), p);
 }
 #endif
@@ -229,6 +233,7 @@ void register_cuda(py::module_ m) {
 #ifdef LORA_FUSED_HAVE_SM90
   m.def("matmul_sm90", matmul_sm90);
   m.def("matmul_sm90_words", sm90::words_of);
+  m.def("matmul_sm90_partials", sm90::partials_of);
 #endif
 }
 

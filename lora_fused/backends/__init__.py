@@ -15,6 +15,8 @@ A module may offer more. What it lacks is put together from the operations above
     shrink_matmul(route, "forward", x, w, a, b, scale, bias, mask) -> y, s     one launch, for
     shrink_matmul(route, "dx", dy, w, b, a, scale, None, mask) -> dx, ds       FUSED_STRATEGIES
     reduce_pair(route, ds, x, mask, da_dtype, dy, s, db_dtype) -> da, db       one launch
+    shrink_matmul_reduce(route, dy, w, a, b, scale, x, s, da_dtype, db_dtype) -> dx, da, db
+                                                one launch, where dx_tiles.reduce_parts says so
     expand(route, "dx", dx, ds, a, mask)        dx += mask ⊙ (ds a)            else torch's
     group_forward(route, x, members) -> ys, s                                  see group.py
     group_backward(route, dys, x, s, members) -> dx, das, dbs

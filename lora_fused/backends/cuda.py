@@ -31,7 +31,7 @@ from lora_fused.config import Mask, Member, Problem, Route, Tiles, group_columns
 
 __all__ = [
     "candidates", "group_backward", "group_forward", "left_out", "matmul", "not_supported_reasons",
-    "reduce", "reduce_pair", "shrink", "shrink_matmul", "shrink_reduce",
+    "reduce", "reduce_pair", "shrink", "shrink_matmul", "shrink_matmul_reduce", "shrink_reduce",
 ]  # fmt: skip
 
 _ROW_ALIGNMENT = 16
@@ -109,6 +109,30 @@ def shrink_matmul(
     layer = cuda_sm90.Layer(x, weight, shrink_adapter, expand_adapter, s, y, scale, bias, mask)
     _run(tiles, direction, [layer])
     return y, s
+
+
+def shrink_matmul_reduce(
+    route: Route,
+    dy: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    x: Tensor,
+    s: Tensor,
+    da_dtype: torch.dtype,
+    db_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, da [R, K] and db [N, R] by one launch: what shrink_matmul ("dx") and reduce_pair make."""
+    tiles, x, rows = route.config.tiles("dx"), flatten(x), flatten(dy)
+    assert tiles is not None
+    dx, ds = _new_y(route, "dx", dy), _new_s(rows, lora_A.shape[0])
+    da = torch.empty(lora_A.shape, dtype=output_dtype(da_dtype), device=x.device)
+    db = torch.empty(lora_B.shape, dtype=output_dtype(db_dtype), device=x.device)
+    layer = cuda_sm90.Layer(dy, weight, lora_B, lora_A, ds, dx, scale)
+    gradients = (cuda_sm90.Gradient(x, ds, da.t()), cuda_sm90.Gradient(rows, s, db))
+    _run(tiles, "dx", [layer], gradients)
+    return dx, da.to(da_dtype), db.to(db_dtype)
 
 
 def group_forward(
@@ -243,10 +267,17 @@ def _launch_reduce(route: Route, some: Tensor, R: int, jobs: list) -> None:
     del owners
 
 
-def _run(tiles: Tiles, direction: str, layers: Sequence[cuda_sm90.Layer]) -> None:
+def _run(
+    tiles: Tiles,
+    direction: str,
+    layers: Sequence[cuda_sm90.Layer],
+    gradients: Sequence[cuda_sm90.Gradient] = (),
+) -> None:
     """By the kernel that these tiles are of."""
-    kernel = cuda_sm90 if tiles.descriptors else cuda_sm80
-    kernel.run(tiles, direction, layers)
+    if tiles.descriptors:
+        cuda_sm90.run(tiles, direction, layers, gradients)
+    else:
+        cuda_sm80.run(tiles, direction, layers)
 
 
 def _new_y(route: Route, direction: str, x: Tensor) -> Tensor:

@@ -53,15 +53,17 @@ def reasons_against(problem: Problem) -> list[str]:
 
 
 def candidates(problem: Problem, device: Device, operation: str) -> list[Candidate]:
-    """Every legal way to run "forward", "dx", "shrink" or "reduce"; the same order every time."""
+    """Every legal way to run "forward", "dx", "shrink", "reduce" or "backward" (dx, da and db by
+    one launch); the same order every time."""
     if reasons_against(problem) or problem.R == 0:
         return []
-    found = {
+    small = {
         "shrink": _shrink_candidates,
         "reduce": _reduce_candidates,
         "forward": _decode_candidates,
         "dx": _decode_candidates,
-    }[operation](problem, device, operation)
+    }.get(operation)
+    found = [] if small is None else small(problem, device, operation)
     for kernel in (cuda_sm90, cuda_sm80):
         found += kernel.candidates(problem, device, operation)
     budget = device.shared_bytes_per_block

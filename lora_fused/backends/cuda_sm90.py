@@ -8,6 +8,7 @@ for a (the adapter that shrinks) and lora_A for b (the one that expands).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -39,6 +40,9 @@ _BLOCK_M, _BLOCK_K = 128, 64
 _STAGES = {256: 4, 128: 6}
 _REGISTERS = 168
 _SHRINK_GROUPS = (1, 2, 3, 4)
+_REDUCE_N = 256  # the tiles whose kernel sums up da and db as well
+_REDUCE_PARTS = (2, 4, 8)
+_MAX_REDUCE_RANK = 64
 _NARROW = {256: 128, 128: 64}
 """Up to so many ranks S tiles of 64 columns are faster than one of block_n: less to multiply."""
 
@@ -57,11 +61,20 @@ class Layer(NamedTuple):
     mask: Mask | None = None
 
 
-def tiles(block_n: int, shrink_group: int = 1) -> Tiles:
+class Gradient(NamedTuple):
+    """out [P, R] = zᵀ t of z [M, P] and t [M, R], to be summed up by a dx launch."""
+
+    z: Tensor
+    t: Tensor
+    out: Tensor
+
+
+def tiles(block_n: int, shrink_group: int = 1, reduce_parts: int = 0) -> Tiles:
     """The tiles of csrc/cuda/sm90/tile.cuh."""
     return Tiles(
         block_m=_BLOCK_M, block_n=block_n, block_k=_BLOCK_K, num_warps=12,
         num_stages=_STAGES[block_n], descriptors=True, persistent=True, shrink_group=shrink_group,
+        reduce_parts=reduce_parts,
     )  # fmt: skip
 
 
@@ -77,8 +90,15 @@ def _choices() -> list[tuple[str, Tiles]]:
     return s_first + [("split", tiles(n)) for n in _STAGES]
 
 
+def _backward_choices() -> list[tuple[str, Tiles]]:
+    """The same for dx, da and db together."""
+    pairs = itertools.product(_SHRINK_GROUPS, _REDUCE_PARTS)
+    return [("s_first", tiles(_REDUCE_N, group, parts)) for group, parts in pairs]
+
+
 SHIPPED = [
-    (operation, *choice, CAPABILITY) for operation in ("forward", "dx") for choice in _choices()
+    *((operation, *choice, CAPABILITY) for operation in ("forward", "dx") for choice in _choices()),
+    *(("backward", *choice, CAPABILITY) for choice in _backward_choices()),
 ]
 """Every (operation, strategy, tiles, target) that can be chosen."""
 
@@ -105,22 +125,31 @@ def reasons_against(problem: Problem) -> list[str]:
 
 
 def candidates(problem: Problem, device: Device, operation: str) -> list[Candidate]:
-    """Every legal way to run "forward" or "dx" on a device."""
-    if operation not in ("forward", "dx") or device.capability != CAPABILITY:
+    """Every legal way to run "forward", "dx" or "backward" on a device."""
+    if operation not in ("forward", "dx", "backward") or device.capability != CAPABILITY:
         return []
     if problem.R == 0 or reasons_against(problem):
         return []
+    choices = _choices()
+    if operation == "backward":
+        few = problem.R <= _MAX_REDUCE_RANK and not problem.dropout and not problem.group
+        choices = _backward_choices() if few else []
+        blocks = -(-problem.M // _BLOCK_M)
+        choices = [choice for choice in choices if choice[1].reduce_parts <= blocks]
     return [
         Candidate(strategy, chosen, shared_bytes(chosen.block_n), _REGISTERS)
-        for strategy, chosen in _choices()
+        for strategy, chosen in choices
         if strategy == "s_first" or not problem.group
     ]
 
 
-def run(chosen: Tiles, direction: str, layers: Sequence[Layer]) -> None:
+def run(
+    chosen: Tiles, direction: str, layers: Sequence[Layer], gradients: Sequence[Gradient] = ()
+) -> None:
     """One launch over the layers: y of each (forward) or of the first (dx), and s where shrink is.
 
     Layers with one scale and no dropout whose s stand side by side have it computed together.
+    gradients: of lora_A and of lora_B, which a dx of one layer sums up in chosen.reduce_parts.
     """
     x, dx = flatten(layers[0].x), direction == "dx"
     place, M = place_of(x), x.shape[0]
@@ -128,15 +157,23 @@ def run(chosen: Tiles, direction: str, layers: Sequence[Layer]) -> None:
     entries, widest = _entries(layers, dx)
     masked = any(layer.mask is not None for layer in layers) and not dx
     wide = not masked and widest > _NARROW[chosen.block_n]
-    size = native().matmul_sm90_words(M, cluster)
-    pointers, owners = workspace(place, 0, size)
+    columns = sum(-(-g.out.shape[0] // 16) * 16 for g in gradients)
+    sums = 0
+    if gradients:
+        sums = native().matmul_sm90_partials(M, layers[0].s.shape[1], columns, chosen.reduce_parts)
+    size = native().matmul_sm90_words(M, cluster, columns)
+    pointers, owners = workspace(place, sums, size)
+    rows = [(aligned(g.z), aligned(g.t), g.out) for g in gradients]
     s_given = layers[0].shrink is None  # split: dependent on the launch that makes s, just before
     native().matmul_sm90(
         (place.number, place.stream, s_given), math_of(x.dtype), dx, M, [e.words for e in entries],
-        (chosen.block_n, cluster, chosen.block_n // 64 if wide else 1, chosen.shrink_group),
+        (chosen.block_n, cluster, chosen.block_n // 64 if wide else 1, chosen.shrink_group,
+         chosen.reduce_parts if gradients else 0),
+        [(o.shape[0], matrix(z), matrix(t), (0, 0, 0), output(matrix(o), o.dtype))
+         for z, t, o in rows],
         pointers,
     )  # fmt: skip
-    del owners, entries
+    del owners, entries, rows
 
 
 class _Entry(NamedTuple):

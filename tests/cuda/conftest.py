@@ -1,9 +1,12 @@
-"""Everything here needs a CUDA compiler, but no GPU."""
+"""Everything here needs a CUDA compiler, but no GPU. What the emulator ran is remembered."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
+from . import cases
 from .compile import CompilerMissing, toolkit
 
 
@@ -13,3 +16,11 @@ def compiler() -> None:
         toolkit()
     except CompilerMissing as missing:
         pytest.skip(str(missing))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    with cases.noted() as kernels:
+        result = yield
+    cases.keep(item.nodeid, kernels)
+    return result

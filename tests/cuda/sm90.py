@@ -64,7 +64,8 @@ class Case:
     Members of a forward group share depth and x, those of a dx group columns and y. split: s is
     given. blocks: S tiles of 64 times as many columns. separate: an S tile for each member of a
     forward group, as dropout needs. p: dropout. clusters: of `cluster` blocks; `resident` blocks at
-    a time. group: S tiles of a ticket."""
+    a time. group: S tiles of a ticket. parts: of the tokens, in which the gradients of the adapters
+    are summed up by the same launch; `gradients` says which ("a", "b")."""
 
     M: int
     sizes: tuple[tuple[int, int, int], ...]
@@ -80,6 +81,8 @@ class Case:
     clusters: int = 2
     resident: int = 64
     group: int = 1
+    parts: int = 0
+    gradients: str = "ab"
 
     @property
     def kernel(self) -> str:
@@ -110,6 +113,7 @@ class Case:
         words += [f"s{64 * self.blocks}"] * (self.blocks > 1)
         words += [f"c{self.cluster}x{self.clusters}"] + [f"r{self.resident}"] * (self.resident < 64)
         words += [f"g{self.group}"] * (self.group > 1)
+        words += [f"parts{self.parts}{self.gradients}"] * (self.parts > 0)
         return "-".join([self.kernel[17:], f"M{self.M}", sizes, *words])
 
 

@@ -11,6 +11,7 @@ from tests.ptx_emulator import Schedule, Struct, TensorMap, run
 from tests.ptx_emulator.testing import bits
 
 from .sm90 import DTYPES, Case, Outcome, kernel_module, shared_bytes
+from .sm90_reductions import Reductions
 
 MEMBERS = 3
 WORDS = 2  # of the workspace, in front of the flags
@@ -46,6 +47,7 @@ class Launch:
         self.s = [self.s_storage[:, start : start + r] for start, r in starts]
         self.y = [self.zeros(M, n) for n, *_ in (sizes if case.forward else sizes[:1])]
         self.make_truth()
+        self.reductions = Reductions(self)
 
     def stored(self, outer: int, inner: int) -> tuple[int, int]:
         """The shape of [outer, contraction] operands in memory."""
@@ -122,7 +124,7 @@ class Launch:
             self.map(tensors[i], box) if i < len(tensors) else blank
             for tensors, box in groups
             for i in range(MEMBERS)
-        ]
+        ] + self.reductions.maps()
 
     def members(self) -> list:
         case, fields, first_tile = self.case, [], 0
@@ -156,7 +158,9 @@ class Launch:
         outputs = case.sizes if case.forward else case.sizes[:1]
         column_tiles = sum(-(-n // case.block_n) for n, *_ in outputs)
         self.error = torch.zeros(1, dtype=torch.int32)
-        self.workspace = torch.zeros(WORDS + row_tiles * case.cluster, dtype=torch.int32)
+        counters = WORDS + row_tiles * case.cluster
+        words = counters + self.reductions.words
+        self.workspace = torch.zeros(words, dtype=torch.int32)
         self.words = bits(self.workspace)
         numbers = (
             case.M,
@@ -167,10 +171,13 @@ class Launch:
             row_tiles,
             column_tiles,
             case.group,
+            *self.reductions.numbers(row_tiles * column_tiles),
+            counters,
         )
         return Struct(
             *self.maps(),
             *self.members(),
+            *self.reductions.fields(),
             self.words,
             bits(self.error),
             *map(np.int32, numbers),
@@ -191,7 +198,8 @@ class Launch:
         if dependent:
             options["after"] = [*self.storages.values(), self.words]
         for _ in range(launches):
-            for output in [*self.y, *([] if case.split else [self.s_storage])]:
+            made = [] if case.split else [self.s_storage]
+            for output in [*self.y, *made, *self.reductions.got.values()]:
                 output.fill_(float("nan"))
             report = run(
                 module, case.kernel, case.clusters * case.cluster, THREADS, [arguments],
@@ -202,6 +210,7 @@ class Launch:
                 break
         got = {f"y{i}": y for i, y in enumerate(self.y)}
         got |= {} if case.split else {f"s{i}": s for i, s in enumerate(self.s)}
+        got |= self.reductions.got
         return Outcome(report, got, self.truth, self.baseline, self.workspace)
 
 

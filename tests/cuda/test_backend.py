@@ -16,6 +16,7 @@ from lora_fused.reference import dropout_threshold
 from lora_fused.testing import assert_close_to_ref, make_case
 
 from .emulated import EmulatedGpu
+from .matrix import dynamic_shared
 
 NEEDS = frozenset({"x", "lora_A", "lora_B", "bias"})
 SM80 = cuda_sm80._tiles(cuda_sm80._TILES[torch.bfloat16][3])
@@ -60,6 +61,10 @@ def test_forward_and_backward(
         gradients = lora_backward(call, case.dy, saved)
     gpu.check()
     assert len(gpu.launches) == launches
+    for launch in gpu.launches:  # what the compile matrix lists; decode's grows with the rank
+        listed = dynamic_shared(launch.kernel)
+        assert launch.shared == listed or launch.kernel.startswith(("lora_shrink", "lora_decode"))
+        assert launch.shared <= listed
     got = {"y": y, "s": s, **gradients._asdict()}
     truth, baseline = case.truth(), case.baseline()
     for name in ("y", "s", "dx", "da", "db", "dbias"):

@@ -35,22 +35,28 @@ def flags(tmp_path: Path, source: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "everywhere", "hopper"),
+    ("wanted", "everywhere", "hopper", "mma"),
     [
-        ("8.0;9.0a", {"sm_80", "sm_90a"}, {"sm_90a"}),
-        ("8.0 9.0+PTX", {"sm_80", "sm_90", "compute_90"}, {"sm_90a"}),
-        ("5.2 8.6", {"sm_86"}, None),
-        ("8.9,12.0+PTX", {"sm_89", "sm_120", "compute_120"}, None),
+        ("8.0;9.0a", {"sm_80", "sm_90a"}, {"sm_90a"}, {"sm_80"}),
+        ("8.0 9.0+PTX", {"sm_80", "sm_90", "compute_90"}, {"sm_90a"}, {"sm_80", "compute_90"}),
+        ("5.2 8.6", {"sm_86"}, None, {"sm_86"}),
+        ("8.9,12.0+PTX", {"sm_89", "sm_120", "compute_120"}, None,
+         {"sm_89", "sm_120", "compute_120"}),
+        ("9.0a 10.0", {"sm_90a", "sm_100"}, {"sm_90a"}, {"compute_80"}),
         ("all", {"sm_80", "sm_86", "sm_89", "sm_90a", "compute_90", "sm_100", "sm_120"},
-         {"sm_90a"}),
+         {"sm_90a"}, {"sm_80", "sm_86", "sm_89", "compute_90", "sm_120"}),
     ],
 )  # fmt: skip
-def test_targets(tmp_path: Path, wanted: str, everywhere: set[str], hopper: set[str] | None):
+def test_targets(
+    tmp_path: Path, wanted: str, everywhere: set[str], hopper: set[str] | None, mma: set[str]
+) -> None:
+    """mma.sync is not the fast path of sm_90 and sm_100, and its matmul is not built for them."""
     done = configure(
         tmp_path, LORA_FUSED_CUDA_ARCH_LIST=wanted, LORA_FUSED_NVCC=str(toolkit().nvcc)
     )
     assert done.returncode == 0, done.stderr
     assert flags(tmp_path, "csrc/cuda/shrink.cu") == everywhere
+    assert flags(tmp_path, "csrc/cuda/sm80/matmul_bf16.cu") == mma
     if hopper is None:
         with pytest.raises(StopIteration):
             flags(tmp_path, "csrc/cuda/sm90/matmul.cu")

@@ -49,7 +49,7 @@ def hopper(gpu: ModuleType, device: int, M: int = 300, y: int = BF16, stride: in
     layer = (
         at(stride), at(128), at(128), at(16), s, out, 0, NO_MASK, 64, 128, 16, 1.0, s, 16,
     )  # fmt: skip
-    gpu.matmul_sm90((device, 7, False), BF16, False, M, [layer], (128, 2, 1, 1), NO_SPACE)
+    gpu.matmul_sm90((device, 7, False), BF16, False, M, [layer], (128, 2, 1, 1, 0), [], NO_SPACE)
 
 
 def reduce(gpu: ModuleType, device: int, M: int = 64, P: int = 128) -> None:

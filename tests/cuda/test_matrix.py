@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
-from . import matrix
+from . import cases, matrix
 from .compile import toolkit
 from .emulated import BUILD
 
@@ -28,7 +29,18 @@ def test_the_committed_compile_matrix_is_current() -> None:
 
 
 def test_no_kernel_spills() -> None:
-    """Of none on the page, but for the matmul of sm80 on sm_90a, where it is a fallback."""
-    for (kernel, target), line in matrix.committed().items():
-        fallback = target == "sm_90a" and kernel.startswith("lora_matmul_sm80_")
-        assert fallback or line.endswith("| 0 |"), line
+    """Of none on the page; the last but one column, and the last of these lines."""
+    lines = matrix.committed().values()
+    assert lines and all(line.endswith("| 0 |") for line in lines)
+
+
+def test_only_passed_tests_of_these_sources_count(tmp_path: Path) -> None:
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "one.cu").write_text("1")
+    pair = {("lora_reduce_sm80_bf16_r16", "sm_80")}
+    for test in ("test_a", "test_a", "test_b", "test_fault_c"):
+        cases.keep(test, pair | {("other", "sm_80")}, tmp_path)
+    assert dict(cases.counts(tmp_path)) == dict.fromkeys(pair, 2)
+    (tmp_path / "csrc" / "one.cu").write_text("2")
+    cases.sources.cache_clear()
+    assert not cases.counts(tmp_path)

@@ -51,7 +51,8 @@ def test_matrix_instructions_stand_back_to_back(kernel: str) -> None:
     assert len(main) >= 2, "the contraction, and the full stage of ranks or the wide S tile"
     assert "STL" not in " ".join(names) and "LDL" not in " ".join(names)
     for run in runs:
-        assert 1 <= run["count"] <= 4
+        reduces = kernel.endswith("_dx_n256") and run["shape"] == "64x64x16"
+        assert 1 <= run["count"] <= (8 if reduces else 4)  # a stage of tokens is 128, not 64
         assert not [name for name in run["between"] if name.startswith(WAITING)]
         assert run["gap"] <= 40
 

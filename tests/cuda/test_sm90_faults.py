@@ -27,6 +27,7 @@ PAIR = LONG.but(cluster=2)
 DX = LAYER.but(direction="dx")
 DROPOUT = LONG.but(p=0.3)
 MASKED = LONG.but(direction="dx", p=0.3)
+SHORT = Case(700, ((72, 64, 8),), cluster=1, clusters=1)
 SPLIT = LONG.but(split=True, bias=True)
 
 WAIT = r"mbarrier\.try_wait[^;]*;\s*selp\.u32 (%r\d+), 1, 0, done;"
@@ -88,6 +89,8 @@ FINDINGS = [
     Fault("shrink-retry", LONG, RETRY, 4, r"\g<1>", "in-flight", "wgmma", "wgmma", LATE),
     Fault("announced-retry", PAIR, RETRY, 7, r"\g<1>", "uninit", "ld.shared", "ptx", LATE),
     Fault("empty-retry", PAIR, RETRY, 8, r"\g<1>", "in-flight", LOAD, "ptx", LATE),
+    # tiles of one stage: a slot is announced again as soon as one warp has released its stage
+    Fault("slot-read-alone", SHORT, r"bar\.sync[^;]*;", 0, "", "race", "st.shared", "ptx"),
     # the ring
     Fault(
         "released-early",
@@ -215,7 +218,7 @@ FINDINGS = [
         "mask-reads-released",
         DROPOUT,
         r"bar\.sync[^;]*;",
-        0,
+        1,
         "",
         "race|in-flight",
         LOAD,

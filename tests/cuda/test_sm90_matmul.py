@@ -34,6 +34,14 @@ CASES = [
     Case(72, ((136, 72, 8), (40, 72, 20)), separate=True, p=0.2, block_n=128, clusters=1),
     Case(72, ((72, 72, 8), (72, 136, 16), (72, 64, 30)), direction="dx"),
     Case(72, ((72, 72, 8), (72, 136, 16)), direction="dx", p=0.4, dtype="f16"),
+    # more tiles of one stage, one after the other, than there are slots to announce them in
+    Case(700, ((72, 64, 8),), cluster=1, clusters=1),
+    # gradients by the same launch: of several parts and of one, ragged, with and without S tiles
+    LAYER.but(direction="dx", parts=2),
+    Case(300, ((136, 200, 40),), "dx", "f16", cluster=1, parts=3),
+    Case(300, ((136, 72, 64),), "dx", parts=1, split=True),
+    Case(600, ((72, 264, 3),), "dx", parts=4, gradients="a"),
+    Case(600, ((72, 264, 3),), "dx", parts=3, gradients="b", cluster=1, clusters=3),
     # tiny
     Case(1, ((8, 8, 1),), bias=True, clusters=1),
     Case(1, ((8, 8, 1),), direction="dx", cluster=1, clusters=1),

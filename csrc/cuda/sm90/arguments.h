@@ -15,7 +15,10 @@ namespace lora_fused::sm90 {
 constexpr int kMaxMembers = 3;       // layers in a launch: q/k/v, gate/up
 constexpr int kMaxShrinkGroup = 16;  // S tiles of a ticket
 
-// Words of the workspace; behind them a flag for every 128 rows.
+constexpr int kMaxReduceRank = 64;  // of the gradients that a launch can sum up
+
+// Words of the workspace; behind them a flag for every 128 rows, and then for every 16 columns of a gradient
+// how many of its parts are there.
 constexpr int kTicket = 0, kLeft = 1, kFlags = 2;
 
 struct Layer {
@@ -32,6 +35,9 @@ struct Layer {
 };
 
 // Members of a forward launch share x, those of a dx launch y (that of the first is written).
+//
+// A dx launch of one layer without dropout, with block_n = 256 and R <= kMaxReduceRank, may also sum up both
+// gradients of the adapters: the first from x and the ds of this launch, the second from dy and a given s.
 struct MatmulLaunch {
   i64 M = 0;
   bool dx = false;
@@ -43,6 +49,9 @@ struct MatmulLaunch {
   int cluster = 2;        // blocks that share their columns: 1 or 2
   int shrink_blocks = 1;  // S tiles of 64 times as many columns: 1, or block_n / 64 without dropout
   int shrink_group = 1;   // S tiles of a ticket
+  int reduce_parts = 0;   // parts of the tokens that the gradients are summed in; 0: no gradients
+  cuda::Gradient gradient[2];
+  float* partials = nullptr;  // partials_of(launch) floats
 };
 
 struct Member {
@@ -56,11 +65,22 @@ struct Member {
   float scale = 0;       // of s and of the S tiles
 };
 
-// Boxes of rows x columns: x and s 128 x 64, w, a and b 64 x 64, y and s_out 16 x 64; 128-byte swizzle.
+// out[p, r] = sum_m z[m, p] t[m, r], by reduce tiles: of a part of the tokens and 128 columns p a block.
+struct Reduction {
+  Output out;
+  int columns = 0;     // P
+  int tiles = 0;       // of a cluster, along P
+  int first_word = 0;  // of its counters, and of its 16 columns in the partial sums
+};
+
+// Boxes of rows x columns: z, t, x and s 128 x 64, w, a and b 64 x 64, y and s_out 16 x 64; 128-byte swizzle.
 struct MatmulArgs {
   CUtensorMap x[kMaxMembers], w[kMaxMembers], a[kMaxMembers], s[kMaxMembers];
   CUtensorMap b[kMaxMembers], y[kMaxMembers], s_out[kMaxMembers];
+  CUtensorMap z[2], t[2];
   Member member[kMaxMembers];
+  Reduction reduction[2];
+  float* partials = nullptr;
   u32* words = nullptr;
   u32* error = nullptr;
   int rows = 0;  // M
@@ -71,6 +91,13 @@ struct MatmulArgs {
   int row_tiles = 0;     // of cluster x 128 rows
   int column_tiles = 0;  // of all members together
   int shrink_group = 1;  // S tiles of a ticket
+  int reduce_parts = 0;  // of the tokens; 0: no reduce tiles
+  int reduce_steps = 0;  // blocks of 128 tokens of a part
+  int reduce_early = 0;  // reduce tiles that come between those of y; the others come last
+  int reduce_every = 1;  // each so many places one
+  int reduce_tiles = 0;  // of a cluster, in all
+  int reduce_rank = 0;
+  int counters = 0;  // where in `words` the first counter is
 };
 
 // What the error's sentence says about the problem.

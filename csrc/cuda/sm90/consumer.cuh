@@ -5,8 +5,8 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "gradient.cuh"
 #include "keep.cuh"
-#include "scheduler.cuh"
 
 namespace lora_fused::sm90 {
 
@@ -31,9 +31,12 @@ struct Consumer {
       wait_barrier(shared.full(stage.index), stage.parity);
       const Tile tile = uniform(announced_tile(shared, slot.index));
       slot.next();
+      ptx::bar_sync(1 + group, 128);  // all warps have read the slot: what one releases may free it
       if (tile.row < 0) break;
       if (tile.column < 0) {
         shrink_tile(tile);
+      } else if (G::kReduces && tile.column >= args.column_tiles) {
+        reduce_tile(tile);
       } else {
         main_tile(tile);
       }
@@ -134,6 +137,15 @@ struct Consumer {
     post_s(tile);
   }
 
+  // One part of 64 columns of a gradient of this warpgroup.
+  LORA_FUSED_DEVICE void reduce_tile(Tile tile) {
+    const GradientTile job = gradient_tile(args, tile, rank, blocks);
+    float accum[32];
+    contract_tokens(accum, uniform(job.end - job.begin));
+    const int column = job.column + group * 64 + warp % 4 * 16;
+    add_part(args, args.reduction[uniform(job.which)], tile.row, column, accum);
+  }
+
   // This warpgroup's 64 rows of s are in global memory.
   LORA_FUSED_DEVICE void post_s(Tile tile) const {
     finish_stores();
@@ -212,6 +224,27 @@ struct Consumer {
       ptx::bar_sync(1 + group, 128);  // all warps have read x
       release(stage.index);
     }
+  }
+
+  // d = sum over `steps` stages of z^T t, 128 tokens each: z through registers, where it is transposed.
+  LORA_FUSED_DEVICE void contract_tokens(float (&d)[32], int steps) {
+    int k = 0;
+    do {
+      wait_barrier(shared.full(stage.index), stage.parity);
+      std::uint32_t z[8][4];
+      load_across(z, shared.w(stage.index) + group * G::kXBytes, warp);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const std::uint32_t t = shared.x(stage.index) + operand_step<true>(i);
+        Wgmma<T, 64>::template rs<true>(d, z[i], operand_descriptor<true>(t), k > 0 || i > 0);
+      }
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+      ptx::bar_sync(1 + group, 128);  // all warps have read z
+      release(stage.index);
+      stage.next();
+    } while (++k < steps);
   }
 
   // x[16, 64] of this warp as the fragments of four steps. Rows of 128 bytes, swizzled.

@@ -6,8 +6,10 @@
 
 namespace lora_fused::sm90 {
 
-// Words of the workspace that a launch uses.
-i64 words_of(i64 M, int cluster);
+// Words of the workspace that a launch uses, and floats of its partial sums. gradient_columns: of the
+// gradients that it sums up, each rounded up to a multiple of 16.
+i64 words_of(i64 M, int cluster, i64 gradient_columns);
+i64 partials_of(i64 M, i64 R, i64 gradient_columns, int parts);
 
 // Throws std::invalid_argument for what the kernels do not serve (rows that are not 16-byte aligned, ...) and
 // CudaError for what CUDA reports. Launches on the current device.

@@ -66,6 +66,14 @@ void check_size(const char* what, i64 size) {
   if (size < 1 || size > INT_MAX - 1023) refuse(what, size, "1 to 2^31 - 1024");
 }
 
+void check_gradients(const MatmulLaunch& p) {
+  const bool served = p.dx && p.members == 1 && p.block_n == 256 && !has_dropout(p);
+  if (!served || p.reduce_parts < 0)
+    refuse("reduce_parts", p.reduce_parts, "0, but for the dx of one layer without dropout by tiles of 256");
+  if (p.layer[0].rank > kMaxReduceRank)
+    refuse("R", p.layer[0].rank, "at most " + std::to_string(kMaxReduceRank) + " where gradients are summed");
+}
+
 void check(Math math, const MatmulLaunch& p) {
   check_size("M", p.M);
   if (p.members < 1 || p.members > kMaxMembers) refuse("members", p.members, "1 to 3");
@@ -75,6 +83,7 @@ void check(Math math, const MatmulLaunch& p) {
     refuse("shrink_blocks", p.shrink_blocks, "1, or block_n / 64 without dropout");
   if (p.shrink_group < 1 || p.shrink_group > kMaxShrinkGroup)
     refuse("shrink_group", p.shrink_group, "1 to " + std::to_string(kMaxShrinkGroup));
+  if (p.reduce_parts != 0) check_gradients(p);
   for (int i = 0; i < p.members; ++i) {
     const Layer& layer = p.layer[i];
     cuda::check_dtype("dtype of y", layer.y, math), cuda::check_dtype("dtype of s", layer.s, math);
@@ -136,6 +145,36 @@ void fill_member(MatmulArgs& args, const Variant& v, const MatmulLaunch& p, int 
   if (!p.dx || i == 0) args.column_tiles += static_cast<int>(tiles(layer.columns, p.block_n));
 }
 
+// Blocks of 128 tokens of a part; and the parts that are not empty then.
+i64 steps_of(i64 M, i64 parts) { return tiles(tiles(M, 128), std::max<i64>(1, parts)); }
+i64 parts_of(i64 M, i64 parts) { return tiles(tiles(M, 128), steps_of(M, parts)); }
+
+void fill_reductions(MatmulArgs& args, const Variant& v, const MatmulLaunch& p) {
+  args.counters = kFlags + args.row_tiles * p.cluster;
+  args.reduce_rank = static_cast<int>(p.layer[0].rank);
+  args.reduce_steps = static_cast<int>(steps_of(p.M, p.reduce_parts));
+  args.reduce_parts = static_cast<int>(parts_of(p.M, p.reduce_parts));
+  args.partials = p.partials;
+  int word = 0;
+  for (int i = 0; i < 2; ++i) {
+    const cuda::Gradient& g = p.gradient[i];
+    if (g.P == 0) continue;
+    check_size("columns", g.P);
+    args.z[i] = map_of(v, i == 0 ? "x" : "dy", g.z.data, p.M, g.P, g.z.row_stride, g.z.col_stride, 128);
+    args.t[i] =
+        map_of(v, i == 0 ? "ds" : "s", g.t.data, p.M, p.layer[0].rank, g.t.row_stride, g.t.col_stride, 128);
+    args.reduction[i].out = g.out;
+    args.reduction[i].columns = static_cast<int>(g.P);
+    args.reduction[i].tiles = static_cast<int>(tiles(g.P, 128 * p.cluster));
+    args.reduction[i].first_word = word;
+    word += static_cast<int>(tiles(g.P, 16));
+    args.reduce_tiles += args.reduction[i].tiles * args.reduce_parts;
+  }
+  args.reduce_early = args.reduce_tiles / 2;
+  const int mixed = args.reduce_early + args.row_tiles * args.column_tiles;
+  args.reduce_every = mixed / std::max(1, args.reduce_early);
+}
+
 MatmulArgs arguments(const Variant& v, const MatmulLaunch& p) {
   MatmulArgs args;
   args.row_tiles = static_cast<int>(tiles(p.M, 128 * p.cluster));
@@ -147,12 +186,19 @@ MatmulArgs arguments(const Variant& v, const MatmulLaunch& p) {
   args.error = p.error;
   for (int i = 0; i < p.members; ++i) fill_member(args, v, p, i);
   for (int i = p.members; i < kMaxMembers; ++i) args.member[i].first_tile = INT_MAX;
+  if (p.reduce_parts > 0) fill_reductions(args, v, p);
   return args;
 }
 
 }  // namespace
 
-i64 words_of(i64 M, int cluster) { return kFlags + tiles(M, 128 * cluster) * cluster; }
+i64 words_of(i64 M, int cluster, i64 gradient_columns) {
+  return kFlags + tiles(M, 128 * cluster) * cluster + gradient_columns / 16;
+}
+
+i64 partials_of(i64 M, i64 R, i64 gradient_columns, int parts) {
+  return gradient_columns * 8 * tiles(R, 8) * parts_of(M, parts);
+}
 
 void launch_matmul(Math math, const MatmulLaunch& p, cudaStream_t stream, bool dependent) {
   check(math, p);
@@ -160,7 +206,8 @@ void launch_matmul(Math math, const MatmulLaunch& p, cudaStream_t stream, bool d
   const MatmulArgs args = arguments(v, p);
   int device = 0;
   cuda::check(cudaGetDevice(&device), v.kernel.name, "", "current device");
-  const i64 work = i64(args.row_tiles) * (i64(args.shrink_members) * args.shrink_passes + args.column_tiles);
+  const i64 work = i64(args.row_tiles) * (i64(args.shrink_members) * args.shrink_passes + args.column_tiles) +
+                   args.reduce_tiles;
   if (work > INT_MAX) refuse("tiles", work, "at most 2^31 - 1");
   // NOTE: one block fills an SM, and any number of clusters is safe: none waits for one that has not started.
   const i64 clusters = std::min<i64>(work, std::max(1, cuda::device_properties(device).sms / p.cluster));

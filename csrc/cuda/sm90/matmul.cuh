@@ -12,6 +12,8 @@
 // a ticket counter (scheduler.cuh): first the S tiles, which compute s for 128 rows and raise a flag, then
 // the tiles of y, whose last stages carry s and b. Without S tiles s comes from another kernel (split).
 //
+// A dx launch of one layer can sum up the gradients of the adapters as well, by reduce tiles (gradient.cuh).
+//
 // Up to three layers that share x are one launch: their columns stand side by side (forward), their
 // contractions one after the other (dx).
 //

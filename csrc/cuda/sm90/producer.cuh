@@ -3,13 +3,14 @@
 //   S tile      per block of the contraction: x [128, 64] and 1, 2 or 4 blocks of the shrink adapter a
 //   main tile   per block of the contraction: x [128, 64] and w [BLOCK_N, 64];
 //               then, per 64 ranks: s [128, 64] and b [BLOCK_N, 64]
+//   reduce tile per 128 tokens: t [128, 64] and z [128, 64] of either consumer
 //
 // The blocks of a cluster compute the same columns: each loads its share of w and b for all of them. Copies
 // fill with zeros what lies outside a matrix, and count it in the bytes that the stage waits for.
 #pragma once
 
 #include "../flags.cuh"
-#include "scheduler.cuh"
+#include "gradient.cuh"
 
 namespace lora_fused::sm90 {
 
@@ -28,7 +29,7 @@ struct Producer {
     while (true) {
       wait_barrier(shared.empty(stage.index), stage.parity ^ 1);
       if (rank == 0) {
-        const Tile next = tile_of(args, share.place);
+        const Tile next = tile_of<G>(args, share.place);
         announce(shared, slot.index, next);
         if (next.row >= 0) share.next(args, clusters);
       }
@@ -38,6 +39,8 @@ struct Producer {
       if (tile.row < 0) break;
       if (tile.column < 0) {
         load_shrink_tile(tile);
+      } else if (G::kReduces && tile.column >= args.column_tiles) {
+        load_reduce_tile(tile);
       } else {
         load_main_tile(tile);
       }
@@ -79,7 +82,7 @@ struct Producer {
         load_stage(&args.x[G::kForward ? 0 : i], &args.w[i], k * 64, first_row(tile), column);
       }
     }
-    if (args.shrink_members > 0) wait_for_s(tile);
+    if (args.shrink_members > 0) wait_for_s(tile.row * blocks + rank);
     for (int i = first; i < last; ++i) {
       for (int r = 0; r < args.member[i].rank; r += 64) {
         load_stage(&args.s[i], &args.b[i], r, first_row(tile), column);
@@ -87,9 +90,22 @@ struct Producer {
     }
   }
 
-  // Both warpgroups of every S tile of these rows have posted.
-  LORA_FUSED_DEVICE void wait_for_s(Tile tile) const {
-    const std::uint32_t* flag = args.words + kFlags + tile.row * blocks + rank;
+  LORA_FUSED_DEVICE void load_reduce_tile(Tile tile) {
+    static_assert(!G::kReduces || 2 * G::kXBytes == G::kWBytes, "two boxes of z take the place of w");
+    const GradientTile job = gradient_tile(args, tile, rank, blocks);
+    for (int block = job.begin; block < job.end; ++block, stage.next()) {
+      if (job.which == 0 && args.shrink_members > 0) wait_for_s(block);
+      begin_stage(G::kStageBytes);
+      const std::uint32_t full = shared.full(stage.index), to = shared.w(stage.index);
+      ptx::tensor_load(shared.x(stage.index), &args.t[job.which], full, 0, block * 128);
+      ptx::tensor_load(to, &args.z[job.which], full, job.column, block * 128);
+      ptx::tensor_load(to + G::kXBytes, &args.z[job.which], full, job.column + 64, block * 128);
+    }
+  }
+
+  // Both warpgroups of every S tile of these 128 rows have posted.
+  LORA_FUSED_DEVICE void wait_for_s(int block) const {
+    const std::uint32_t* flag = args.words + kFlags + block;
     wait_flag(flag, G::kConsumers * args.shrink_members * args.shrink_passes, args.error);
     ptx::fence_proxy_async_global();
   }

@@ -15,6 +15,8 @@ struct Tiling {
   using T = T_;
   static constexpr bool kForward = kDirection_ == Direction::forward;
   static constexpr bool kMasked = kDirection_ == Direction::dx_masked;
+  // Whether it may sum up the gradients of the adapters too.
+  static constexpr bool kReduces = kDirection_ == Direction::dx && BLOCK_N_ == 256;
   // w, a and b as they are stored: the contraction is their rows in dx, their columns in the forward pass.
   static constexpr bool kMnMajor = !kForward;
 
