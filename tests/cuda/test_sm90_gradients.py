@@ -162,8 +162,7 @@ MUTANTS = [
     Mutant("swizzle", "gradient.cuh", "chunk ^ (token % 8)", "chunk ^ (token % 4)", ""),
     Mutant("same-columns", "producer.cuh", "job.column + 64, block", "job.column, block", ""),
     Mutant("tiles-of-dx-skipped", "scheduler.cuh", "    place -= before;\n", "", ""),
-    Mutant("early-ones-again", "scheduler.cuh", "early + place - mixed", "place - mixed",
-           "global-race"),
+    Mutant("late-ones-dropped", "scheduler.cuh", "early + place - mixed", "args.reduce_tiles", ""),
     Mutant("counter-left", "gradient.cuh", "word, last);", "word, last + 1);", ""),
 ]  # fmt: skip
 QUICK = {"ds-unwaited", "parts-unordered", "part-forgotten"}
