@@ -30,6 +30,7 @@ MASKED = LONG.but(direction="dx", p=0.3)
 SPLIT = LONG.but(split=True, bias=True)
 
 WAIT = r"mbarrier\.try_wait[^;]*;\s*selp\.u32 (%r\d+), 1, 0, done;"
+RETRY = r"(mbarrier\.try_wait[^;]*;\s*selp\.u32 %r\d+, 1, 0, done;.*?)@%p\d+ bra\s[^;]*;"
 EXPECT = r"(expect_tx[^;]*,\s*)\S+;"
 RELEASE = r"mbarrier\.arrive\.release\.cluster[^;]*;"
 WAIT_ONE = r"wgmma\.wait_group\.sync\.aligned\s+1;"
@@ -80,6 +81,13 @@ FINDINGS = [
         "ptx",
         SLOW,
     ),
+    # waits that do not ask again when their time limit has passed
+    Fault("tile-retry", LAYER, RETRY, 0, r"\g<1>", "uninit", "ld.shared", "ptx", LATE),
+    Fault("full-retry", LONG, RETRY, 1, r"\g<1>", "in-flight", "wgmma", "wgmma", LATE),
+    Fault("rank-retry", LAYER, RETRY, 2, r"\g<1>", "in-flight", "wgmma", "wgmma", LATE),
+    Fault("shrink-retry", LONG, RETRY, 4, r"\g<1>", "in-flight", "wgmma", "wgmma", LATE),
+    Fault("announced-retry", PAIR, RETRY, 7, r"\g<1>", "uninit", "ld.shared", "ptx", LATE),
+    Fault("empty-retry", PAIR, RETRY, 8, r"\g<1>", "in-flight", LOAD, "ptx", LATE),
     # the ring
     Fault(
         "released-early",

@@ -33,6 +33,7 @@ class Mbarrier:
     abroad: Knowledge = field(default_factory=dict)
     abroad_done: Knowledge = field(default_factory=dict)
     waiting: np.ndarray | None = None
+    refused: np.ndarray | None = None  # lanes whose try_wait gave up in this phase
     posted: np.ndarray | None = None
     posted_done: np.ndarray | None = None
 
@@ -193,6 +194,7 @@ class TransactionBarriers:
             return
         barrier.phase += 1
         barrier.pending = barrier.count
+        barrier.refused = None
         if barrier.known is not None:
             barrier.done = _latest(barrier.done, barrier.known)
         barrier.known = None
@@ -231,6 +233,18 @@ class TransactionBarriers:
             machine.clocks.acquire(
                 team, lanes % machine.team_lanes, np.pad(known, (0, width - len(known)))
             )
+
+    def gives_up(self, lanes: np.ndarray, barrier: Mbarrier) -> bool:
+        """Whether a try_wait returns before its phase completes, as its time limit allows.
+
+        Once per lane and phase, so that who asks again is suspended in the end."""
+        before = barrier.refused
+        if before is not None and np.isin(lanes, before).any():
+            return False
+        if not self.machine.picker.gives_up():
+            return False
+        barrier.refused = lanes if before is None else np.concatenate([before, lanes])
+        return True
 
     def time_out(self) -> bool:
         """Suspended try_waits give up (their time limit), unless that helped nobody before."""

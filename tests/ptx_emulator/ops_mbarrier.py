@@ -179,9 +179,12 @@ def mbarrier_gate(machine: Machine, ins: Instruction) -> Operation:
         for at, parity, mask in form.groups(machine, group):
             lanes = group.lanes[mask]
             barrier = machine.mbarriers.get(int(lanes[0]), at)
-            late = machine.mbarriers.timed_out[lanes]
-            if machine.mbarriers.finished(barrier, parity) or late.all():
-                machine.mbarriers.timed_out[lanes] = False
+            late = machine.mbarriers.timed_out
+            if machine.mbarriers.finished(barrier, parity):
+                late[lanes] = False
+                machine.release(lanes)
+            elif late[lanes].all() or machine.mbarriers.gives_up(lanes, barrier):
+                late[lanes] = True
                 machine.release(lanes)
             else:
                 machine.mbarriers.await_phase(lanes, at, barrier, f"parity {parity}")
@@ -195,8 +198,13 @@ def _mbarrier_wait(machine: Machine, ins: Instruction) -> Operation:
 
     def run(group: Group) -> None:
         done = np.zeros(group.n, bool)
+        late = machine.mbarriers.timed_out[group.lanes]
+        machine.mbarriers.timed_out[group.lanes] = False
         for at, parity, mask in form.groups(machine, group):
+            mask &= ~late
             lanes = group.lanes[mask]
+            if not len(lanes):
+                continue
             barrier = machine.mbarriers.get(int(lanes[0]), at)
             if machine.mbarriers.finished(barrier, parity):
                 done |= mask

@@ -15,8 +15,9 @@ import numpy as np
 class Schedule:
     """`order`: "together" runs all warps that are at the same place at once, "forward" and
     "reversed" run one warp (of every block) as far as it goes, "serial" one warp of one block,
-    "random" a seeded choice.  `landing`: "early", "late" or "random".  `slow_block` runs only
-    when nobody else can.  `eager`: who spins looks again after every store, and goes on first."""
+    "random" a seeded choice.  `landing`: "early", "late" or "random"; unless it is early, a
+    `mbarrier.try_wait` may also give up before its phase completes.  `slow_block` runs only when
+    nobody else can.  `eager`: who spins looks again after every store, and goes on first."""
 
     order: str = "together"
     landing: str = "early"
@@ -77,3 +78,7 @@ class Picker:
     def lands_now(self) -> bool:
         landing = self.schedule.landing
         return landing == "early" or (landing == "random" and self.random.random() < 0.5)
+
+    def gives_up(self) -> bool:
+        """Whether a suspended wait reaches its time limit."""
+        return self.schedule.landing != "early" and not self.lands_now()

@@ -38,6 +38,8 @@ INIT = r"(mbarrier\.init\S*\s+\[[^\]]*\],\s*)\S+;"
 EXPECT = r"(expect_tx[^;]*,\s*)\S+;"
 ARRIVE = r"mbarrier\.arrive\.release[^;]*;"
 CLUSTER = r"barrier\.cluster\.arrive\.aligned;\s*barrier\.cluster\.wait\.aligned;"
+LATE = Schedule("reversed", "late")
+RETRY = r"@done bra over;\s*bra again;|@!complete bra\.uni waitLoop;"
 SPIN = r"again:\s*mbarrier\.try_wait[^;]*;\s*@done bra over;\s*bra again;"
 
 
@@ -170,6 +172,13 @@ TEXT = [
     ),
     Fault("hopper-stage-reused", HOPPER, SPIN, 3, "", "in-flight", "bulk.tensor"),
     Fault("hopper-full-wait", HOPPER, SPIN, -1, "", "in-flight", "wgmma"),
+    # waits that do not ask again when their time limit has passed
+    Fault("hopper-full-retry", HOPPER, RETRY, 5, "bra over;", "in-flight", "wgmma", LATE),
+    Fault("hopper-empty-retry", HOPPER, RETRY, 3, "bra over;", "barrier-count", "expect_tx", LATE),
+    Fault("warps-full-retry", WARPS, RETRY, 0, "", "in-flight", "ldmatrix", LATE),
+    Fault("descriptor-full-retry", DESCRIPTOR, RETRY, 0, "", "in-flight", "tcgen05.mma", LATE),
+    Fault("descriptor-stage-retry", DESCRIPTOR, RETRY, 1, "", "in-flight", "cp.async.bulk", LATE),
+    Fault("descriptor-y-retry", DESCRIPTOR, RETRY, 3, "", "in-flight", "tcgen05.ld", LATE),
     # transaction counts and arrivals
     Fault("hopper-expect-less", HOPPER, EXPECT, 0, r"\g<1>8192;", "in-flight", "wgmma"),
     Fault("hopper-expect-more", HOPPER, EXPECT, 0, r"\g<1>16400;", "deadlock", "try_wait"),

@@ -243,6 +243,77 @@ def test_wait_for_reading_says_nothing_of_the_destination() -> None:
         assert report.kinds() == kinds
 
 
+IMPATIENT = [schedule for schedule in EVERY_SCHEDULE if schedule.landing == "late"]
+
+
+def consumer(wait: str) -> str:
+    """Warp 1 reads, after `wait`, what a bulk copy of warp 0 brings."""
+    return (
+        START.replace("COUNT", "1")
+        + f"""mov.u32 %r5, smem; setp.lt.u32 %p4, %t, 32; @%p4 bra OVER; {wait}
+        shl.b32 %r6, %t, 2; add.s32 %r6, %r6, %r5; ld.shared.b32 %r1, [%r6]; {STORE} OVER:
+        @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [smem], 128;
+        @%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r5+128], [%a1],
+            128, [%r5];"""
+    )
+
+
+def test_a_wait_may_give_up_before_its_phase_completes() -> None:
+    """try_wait: "resumes ... OR before the phase completes following a system-dependent time
+    limit"; who does not ask again reads too early."""
+    x, out = np.arange(32, dtype=np.uint32), np.zeros(64, np.uint32)
+    wait = WAIT.replace("PARITY", "0")
+    for schedule in EVERY_SCHEDULE:
+        body, args = consumer(wait), (Uninitialised(out), x)
+        findings(body, *args, threads=64, shared=256, schedule=schedule).check()
+        assert out[32:].tolist() == x.tolist()
+    once = consumer(wait.replace("@!%p2 bra WAIT;", ""))
+    for schedule in IMPATIENT:
+        report = findings(once, Uninitialised(out), x, threads=64, shared=256, schedule=schedule)
+        assert report.kinds() & {"in-flight", "uninitialised"}, schedule
+
+
+def test_a_wait_that_gives_up_says_so() -> None:
+    """The predicate is false, once for every lane and phase: the second wait is suspended."""
+    body = (
+        START.replace("COUNT", "32")
+        + """mov.u32 %r1, 0; setp.lt.u32 %p4, %t, 32; @%p4 bra LATER;
+        WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p2, [smem], 0; @!%p2 add.s32 %r1, %r1, 1;
+        @!%p2 bra WAIT; bra OVER;
+        LATER: nanosleep.u32 100; mbarrier.arrive.shared::cta.b64 _, [smem]; OVER:"""
+    )
+    assert lanes(body, 64, Schedule("reversed", "late")) == [0] * 32 + [1] * 32
+    assert lanes(body, 64, Schedule("reversed", "early")) == [0] * 64
+
+
+def test_waits_in_turn_come_to_an_end() -> None:
+    """A loop that asks two objects in turn, and stores meanwhile, is suspended in the end."""
+    body = (
+        START.replace("COUNT", "1")
+        + """@%p1 mbarrier.init.shared::cta.b64 [smem+8], 1; bar.sync 0; setp.lt.u32 %p4, %t, 32;
+        mov.u32 %r1, 0; @%p4 bra FIRST; mbarrier.arrive.shared::cta.b64 _, [smem+8]; bra OVER;
+        FIRST: add.s32 %r1, %r1, 1; st.relaxed.gpu.global.b32 [%a0], %r1;
+        mbarrier.try_wait.parity.shared::cta.b64 %p2, [smem], 0; @%p2 bra OVER;
+        mbarrier.try_wait.parity.shared::cta.b64 %p2, [smem+8], 0; @!%p2 bra FIRST; OVER:"""
+    )
+    body = body.replace("mbarrier.arrive", "setp.eq.u32 %p1, %t, 32; @%p1 mbarrier.arrive")
+    for schedule in EVERY_SCHEDULE:
+        flag = np.zeros(64, np.uint32)
+        findings(body, flag, threads=64, shared=16, schedule=schedule).check()
+        assert flag[0] <= 3
+
+
+def test_a_test_wait_only_says_what_is() -> None:
+    """test_wait is "non-blocking": no time limit, the phase decides."""
+    body = (
+        START.replace("COUNT", "32")
+        + """mbarrier.arrive.shared::cta.b64 %d1, [smem]; bar.sync 0;
+        mbarrier.test_wait.shared::cta.b64 %p2, [smem], %d1; selp.b32 %r1, 1, 0, %p2;"""
+    )
+    for schedule in EVERY_SCHEDULE:
+        assert lanes(body, 32, schedule) == [1] * 32
+
+
 # ---- clusters ------------------------------------------------------------------------------
 
 RANK = "mov.u32 %r10, %cluster_ctarank; xor.b32 %r11, %r10, 1; mov.u32 %r12, smem;"

@@ -1,7 +1,7 @@
 """The compiled kernels in the PTX emulator: numbers, every check, schedules, planned traffic.
 
 By default one size of the main choices; `full` runs every shipped choice for sm_80, 90, 100 and
-120 on all its ragged sizes, and the main ones under every schedule.
+120 on all its ragged sizes under every schedule.
 """
 
 from __future__ import annotations
@@ -66,16 +66,9 @@ def test_main(choice: Shipped) -> None:
 @pytest.mark.parametrize("choice", EMULATED, ids=str)
 def test_all(choice: Shipped) -> None:
     for size in sizes(choice):
-        check(choice, size, 0.0, (Schedule(),))
+        check(choice, size, 0.0, EVERY_SCHEDULE)
     if has_mask(choice):
-        check(choice, sizes(choice)[0], 0.3, (Schedule(),))
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("choice", MAIN, ids=str)
-def test_every_schedule(choice: Shipped) -> None:
-    for size in sizes(choice):
-        check(choice, size, 0.3 if has_mask(choice) else 0.0, EVERY_SCHEDULE)
+        check(choice, sizes(choice)[0], 0.3, EVERY_SCHEDULE)
 
 
 @pytest.fixture

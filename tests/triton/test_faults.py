@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from lora_fused.backends.triton.candidates import SHIPPED
 from lora_fused.config import Tiles
 from lora_fused.testing import make_case
-from tests.ptx_emulator import Schedule
+from tests.ptx_emulator import TOGETHER, Schedule
 from tests.ptx_emulator.testing import with_fault
 from tests.triton import emulated as emulation_module
 from tests.triton.compiled import Compiled, Request
@@ -34,12 +34,14 @@ MMA_WAIT = r"(wgmma\.wait_group\S*\s+)\d;"
 MMA_FENCE = r"wgmma\.fence\S*;"
 EXPECT = r"(expect_tx[^;]*,\s*)32768;"
 INIT = r"(mbarrier\.init\S*\s+\[[^\]]*\],\s*)1;"
+RETRY = r"@!complete bra\.uni waitLoop;"
 WAIT = r"waitLoop:.*?bra\.uni waitLoop;"
 COMMIT = r"@\S+\s+tcgen05\.commit[^;]*;"
 TENSOR_WAIT = r"tcgen05\.wait::\S*;"
 LESS = r"setp\.lt\.s32"
 XOR = r"xor\.b32"
 STORE = "bulk.tensor.2d.global"
+LATE = Schedule("reversed", "late")
 
 
 class Fault(NamedTuple):
@@ -51,6 +53,7 @@ class Fault(NamedTuple):
     new: str
     kind: str
     place: str
+    schedule: Schedule = TOGETHER
 
 
 class Kernel(NamedTuple):
@@ -67,6 +70,7 @@ KERNELS = [
         Fault("expect-less", EXPECT, 0, r"\g<1>16384;", "in-flight", "wgmma"),
         Fault("expect-more", EXPECT, 3, r"\g<1>49152;", "deadlock", "try_wait"),
         Fault("full-wait", WAIT, 0, "", "in-flight|uninitialised", "wgmma"),
+        Fault("full-retry", RETRY, 0, "", "in-flight", "wgmma", LATE),
         Fault("init-count", INIT, 0, r"\g<1>2;", "deadlock", "try_wait"),
         Fault("stage-wait", MMA_WAIT, 2, r"\g<1>2;", "in-flight", "bulk.tensor.2d.shared"),
         Fault("accumulator-wait", MMA_WAIT, 1, r"\g<1>1;", "in-flight", "add.f32"),
@@ -111,6 +115,11 @@ KERNELS = [
         Fault("expect-less", EXPECT, 0, r"\g<1>16384;", "in-flight", "tcgen05.mma"),
         Fault("full-wait", WAIT, 0, "", "in-flight|uninitialised", "tcgen05.mma"),
         Fault("mma-wait", WAIT, -1, "", "in-flight|race", "tcgen05|mbarrier"),
+        Fault("full-retry", RETRY, 0, "", "in-flight", "tcgen05.mma", LATE),
+        Fault("stage-retry", RETRY, 1, "", "in-flight", "cp.async.bulk", LATE),
+        Fault("rank-retry", RETRY, 2, "", "in-flight", "tcgen05.mma", LATE),
+        Fault("last-stage-retry", RETRY, 3, "", "invalidated", "tcgen05.commit", LATE),
+        Fault("y-retry", RETRY, 4, "", "in-flight", "tcgen05.ld", LATE),
         Fault("init-count", INIT, 0, r"\g<1>2;", "deadlock", "try_wait"),
         Fault("commit", COMMIT, 0, "", "deadlock", "try_wait"),
         Fault("rank-commit", COMMIT, 2, "", "deadlock", "try_wait"),
@@ -126,6 +135,8 @@ KERNELS = [
         Fault("stage-barrier", BARRIER, 1, "", "race", "cp.async"),
         Fault("proxy", PROXY, 1, "", "missing-proxy-fence", "tcgen05.mma"),
         Fault("commit", COMMIT, 1, "", "deadlock", "try_wait"),
+        Fault("stage-retry", RETRY, 0, "", "in-flight", "cp.async", LATE),
+        Fault("sum-retry", RETRY, 1, "", "in-flight", "tcgen05.ld", LATE),
         Fault("tensor-load-wait", TENSOR_WAIT, 1, "", "in-flight", "cvt"),
         Fault("bound", LESS, 1, "setp.le.s32", "out-of-bounds", "ld.global"),
     ]),
@@ -154,7 +165,7 @@ def check(kernel: Kernel, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(emulation_module, "compile_kernel", damaged)
     with pytest.raises(AssertionError) as raised:
-        emulate(choice, kernel.size)
+        emulate(choice, kernel.size, schedule=fault.schedule)
     found = re.findall(r"^(\S+) at line .*\n    (.*)$", str(raised.value), re.M)
     wanted = re.compile(f"({fault.kind}) .*({fault.place})")
     assert any(wanted.match(f"{kind} {text}") for kind, text in found), str(raised.value)[:2000]
