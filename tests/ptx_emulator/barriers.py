@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .clocks import latest
 from .global_races import Knowledge, merged
 from .registers import Group
 from .states import EXITED
@@ -84,7 +85,7 @@ class BlockBarriers:
             team = int(lanes[0]) // machine.team_lanes
             known = machine.clocks.release(team, lanes % machine.team_lanes)
             before = barrier.released
-            barrier.released = known if before is None else np.maximum(before, known)
+            barrier.released = latest(before, known)
             barrier.passers.append(lanes)
             machine.release(lanes)
         if barrier.arrived > expected:

@@ -17,6 +17,14 @@ ENGINE_TICK = 2**24  # engines count from here, so `floor` never vouches for the
 _PADDING = np.int32(2**30)
 
 
+def latest(a: np.ndarray | None, b: np.ndarray) -> np.ndarray:
+    """The larger of each tick; engines that were added since know nothing earlier."""
+    if a is None:
+        return b
+    width = max(len(a), len(b))
+    return np.maximum(np.pad(a, (0, width - len(a))), np.pad(b, (0, width - len(b))))
+
+
 class Clocks:
     def __init__(self, teams: int, lanes: int, threads: np.ndarray) -> None:
         """`threads[lanes]` is False for lanes that only pad a block to whole warps."""

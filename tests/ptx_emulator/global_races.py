@@ -1,8 +1,7 @@
 """Races in global memory, within a cluster and across clusters.
 
-Clusters know of each other only through synchronisation on global memory ("Causality Order"):
-a release (`st.release`, `red.release`, or a strong write after a fence) leaves behind what its
-thread knows; an acquire of the same location takes it over.
+Clusters know of each other only through synchronisation on global memory ("Causality Order"),
+see `flags.py`.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .clocks import NEVER
+from .clocks import NEVER, latest
 from .races import Granules, Same
 
 if TYPE_CHECKING:
     from .machine import Machine
 
-Knowledge = dict[int, np.ndarray]  # cluster -> tick per lane of that cluster
+Knowledge = dict[int, np.ndarray]  # cluster -> tick per lane (and engine) of that cluster
 WEAK, NARROW, WIDE = 0, 1, 2  # strong accesses of .cta or .cluster scope, of .gpu or .sys scope
 
 
@@ -25,14 +24,10 @@ def strength(scope: str) -> int:
     return NARROW if scope in ("cta", "cluster") else WIDE
 
 
-def _of_cluster(knowledge: Knowledge, cluster: int) -> Knowledge:
-    return {cluster: knowledge[cluster]} if cluster in knowledge else {}
-
-
 def merged(a: Knowledge, b: Knowledge) -> Knowledge:
     result = dict(a)
     for cluster, ticks in b.items():
-        result[cluster] = np.maximum(result[cluster], ticks) if cluster in result else ticks
+        result[cluster] = latest(result.get(cluster), ticks)
     return result
 
 
@@ -55,19 +50,11 @@ class GlobalTracker(Granules):
         self.knowledge: list[Knowledge] = [{}]
         self.known_by = np.zeros(machine.lane_count, np.int32)
         self.proxy_view = np.zeros(machine.lane_count, np.int32)
-        # what was released at a location: to everybody, and to the releasing cluster only
-        self.objects: dict[int, Knowledge] = {}
-        self.nearby: dict[int, Knowledge] = {}
-        self.fences: dict[int, dict[int, tuple[np.ndarray, int]]] = {}  # lane -> scope -> known
-        self.unfenced_reads: dict[int, dict[int, int]] = {}
 
     def restart(self, lanes: slice) -> None:
         """New blocks start in these lanes: they know nothing."""
         self.known_by[lanes] = 0
         self.proxy_view[lanes] = 0
-        for lane in range(lanes.start, lanes.stop):
-            self.fences.pop(lane, None)
-            self.unfenced_reads.pop(lane, None)
 
     # ---- accesses --------------------------------------------------------------------------
 
@@ -275,60 +262,3 @@ class GlobalTracker(Granules):
     def _learn(self, lanes, knowledge: Knowledge) -> None:
         self.knowledge.append(knowledge)
         self.known_by[lanes] = len(self.knowledge) - 1
-
-    def fence(self, lanes: np.ndarray, scope: int) -> None:
-        """`fence.acq_rel` and stronger: later strong writes release, earlier reads acquire."""
-        for lane in lanes.tolist():
-            for at, read_scope in self.unfenced_reads.pop(lane, {}).items():
-                self._take(lane, at, min(scope, read_scope))
-        team, member = self.machine.team_of(lanes)
-        rows = self.clocks.known[team, member, : self.clocks.lanes]
-        rows[np.arange(len(lanes)), member] = self.clocks.now[team, member]
-        self.clocks.now[team, member] += 1
-        for lane, row, known in zip(lanes.tolist(), rows, self.known_by[lanes], strict=True):
-            self.fences.setdefault(lane, {})[scope] = (row, int(known))
-
-    def write(self, lane: int, at: int, release: bool, read_too: bool, scope: int) -> None:
-        """A strong write (or read-modify-write) of one lane may release to later acquirers."""
-        team, member = self.machine.team_and_member(lane)
-        cluster = int(self.machine.cluster_of_team[team])
-        if not read_too:
-            self.objects.pop(at, None)
-            self.nearby.pop(at, None)
-        for reach, (row, known) in self.fences.get(lane, {}).items():
-            self._leave(at, cluster, row, known, min(scope, reach))
-        if release:
-            row = self.clocks.known[team, member, : self.clocks.lanes].copy()
-            row[member] = self.clocks.now[team, member]
-            self.clocks.now[team, member] += 1
-            self._leave(at, cluster, row, int(self.known_by[lane]), scope)
-
-    def _leave(self, at: int, cluster: int, row: np.ndarray, known: int, scope: int) -> None:
-        """Add to what acquirers of a location learn."""
-        left = merged(self.knowledge[known], {cluster: row})
-        if scope == WIDE:
-            self.objects[at] = merged(self.objects.get(at, {}), left)
-        else:
-            left = _of_cluster(left, cluster)
-            self.nearby[at] = merged(self.nearby.get(at, {}), left)
-
-    def observe(self, lane: int, at: int, acquire: bool, scope: int) -> None:
-        """A strong read of one lane may acquire what was released there."""
-        if at not in self.objects and at not in self.nearby:
-            return
-        if acquire:
-            self._take(lane, at, scope)
-        else:
-            reads = self.unfenced_reads.setdefault(lane, {})
-            reads[at] = max(scope, reads.get(at, scope))
-
-    def _take(self, lane: int, at: int, scope: int) -> None:
-        """Learn what was released at a location, as far as the scopes reach."""
-        team, member = self.machine.team_and_member(lane)
-        cluster = int(self.machine.cluster_of_team[team])
-        left = self.objects.get(at, {})
-        left = left if scope == WIDE else _of_cluster(left, cluster)
-        left = merged(left, _of_cluster(self.nearby.get(at, {}), cluster))
-        if cluster in left:
-            self.clocks.acquire(team, np.array([member]), left[cluster])
-        self._learn(lane, merged(self.knowledge[self.known_by[lane]], left))

@@ -17,6 +17,7 @@ from .clocks import Clocks
 from .code import Code
 from .deadlock import report_deadlock
 from .dependent_launch import DependentLaunch
+from .flags import Flags
 from .global_races import GlobalTracker
 from .instruction import Instruction, Kernel
 from .mbarriers import TransactionBarriers
@@ -92,6 +93,7 @@ class Machine:
             self, self.shared.size, access_granule(kernel, "shared", 16)
         )
         self.races = GlobalTracker(self, self.memory.size, access_granule(kernel, "global", 4))
+        self.flags = Flags(self)
         self.fence_ticks = np.zeros(layout.clusters * layout.team_lanes, np.int32)
         self.registers = RegisterFile(self, kernel.registers)
         self.special_registers = SpecialRegisters(self)
@@ -281,8 +283,9 @@ class Machine:
         if self.schedule.eager:
             self._let_look()
         ready = (self.status == READY) & ~self.yielded
-        if (ready & self.spinning).any():
-            ready &= self.spinning
+        eager = (ready & self.spinning).reshape(-1, 32).any(axis=1)
+        if eager.any():
+            ready &= np.repeat(eager, 32)  # whole warps: they may stand before a collective
         if self.schedule.slow_block is not None:
             slow = self.layout.lane_block == self.schedule.slow_block
             if (ready & ~slow).any():
@@ -446,7 +449,8 @@ class Machine:
         self.register_pool.restart(lanes)
         self.dependent_launch.restart(lanes)
         self.visits.restart(lanes)
-        self.thread_sync.restart(lanes)
+        self.thread_sync.restart(team, lanes)
+        self.flags.restart(team, lanes)
         self.cluster_barriers.start(team)
         for rank in range(self.layout.cluster_size):
             slot = team * self.layout.cluster_size + rank

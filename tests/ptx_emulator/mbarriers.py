@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .clocks import latest
 from .global_races import Knowledge, merged
-from .thread_sync import latest
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -133,7 +133,7 @@ class TransactionBarriers:
         if release:
             team = int(lanes[0]) // machine.team_lanes
             known = machine.clocks.release(team, lanes % machine.team_lanes)
-            barrier.known = _latest(barrier.known, known)
+            barrier.known = latest(barrier.known, known)
             barrier.abroad = merged(barrier.abroad, machine.races.known_to(lanes))
         barrier.posted = machine.thread_sync.arrive(lanes, barrier.posted)
         if expect:
@@ -160,7 +160,7 @@ class TransactionBarriers:
         barrier = self.get(None, at)
         known = np.zeros(self.machine.clocks.known.shape[2], np.int32)
         known[barrier.column] = tick
-        barrier.known = _latest(barrier.known, known)
+        barrier.known = latest(barrier.known, known)
         self._transactions(barrier, -size, at)
         self.machine.progress += 1
         self._update(barrier)
@@ -172,7 +172,7 @@ class TransactionBarriers:
             where = self.machine.shared.describe(at)
             self.machine.find("invalidated", f"arrival at an invalidated mbarrier, {where}", None)
             return
-        barrier.known = _latest(barrier.known, known)
+        barrier.known = latest(barrier.known, known)
         barrier.posted = latest(barrier.posted, known)
         barrier.pending -= 1
         if barrier.pending < 0:
@@ -196,9 +196,10 @@ class TransactionBarriers:
         barrier.pending = barrier.count
         barrier.refused = None
         if barrier.known is not None:
-            barrier.done = _latest(barrier.done, barrier.known)
+            barrier.done = latest(barrier.done, barrier.known)
         barrier.known = None
-        barrier.posted_done = latest(barrier.posted_done, barrier.posted)
+        if barrier.posted is not None:
+            barrier.posted_done = latest(barrier.posted_done, barrier.posted)
         barrier.posted = None
         if barrier.abroad:
             barrier.abroad_done = merged(barrier.abroad_done, barrier.abroad)
@@ -259,10 +260,3 @@ class TransactionBarriers:
         self.timed_out[waiting] = True
         machine.retry(waiting)
         return True
-
-
-def _latest(a: np.ndarray | None, b: np.ndarray) -> np.ndarray:
-    if a is None:
-        return b
-    width = max(len(a), len(b))
-    return np.maximum(np.pad(a, (0, width - len(a))), np.pad(b, (0, width - len(b))))

@@ -131,20 +131,11 @@ def _update(memory: np.ndarray, cells: np.ndarray, values: list, function) -> np
 
 
 def _order(machine: Machine, lanes, space, at, size: int, form: AtomicForm, reads: bool) -> None:
-    """Races and, in global memory, release and acquire; a read-modify-write extends the release
-    sequence of what it read."""
+    """Races, release and acquire."""
+    ticks = machine.ticks(lanes)  # of the write itself, which its own release covers
     if space is machine.shared:
         machine.shared_races.store(lanes, at, size, None, strong=True)
-        return
-    if space is not machine.memory:
-        return
-    races = machine.races
-    release = form.order in ("release", "acq_rel")
-    acquire = form.order in ("acquire", "acq_rel")
-    ticks = machine.ticks(lanes)  # of the write itself, which its own release covers
-    if release or acquire or races.objects or races.nearby or races.fences:
-        for lane, where in zip(lanes.tolist(), at.tolist(), strict=True):
-            if reads or acquire:
-                races.observe(lane, where, acquire, form.scope)
-            races.write(lane, where, release, True, form.scope)
-    races.store(lanes, at, size, None, form.scope, ticks=ticks)
+    if space in (machine.shared, machine.memory):
+        machine.flags.update(lanes, space, at, form.order, form.scope, reads)
+    if space is machine.memory:
+        machine.races.store(lanes, at, size, None, form.scope, ticks=ticks)

@@ -68,26 +68,19 @@ def load(machine: Machine, ins: Instruction) -> Operation:
     def run(group) -> None:
         space, at = resolve(group)
         values = space.load(at, form.size, form.unit)
+        if form.strong:
+            if space in (machine.memory, machine.shared):
+                machine.flags.read(group.lanes, space, at, form.order == "acquire", form.strong)
+            machine.looked(group.lanes)
         if space is machine.shared:
             machine.shared_races.load(group.lanes, at, form.size, form.strong)
         elif space is machine.memory:
-            if form.strong:
-                _observe(machine, group.lanes, at, form)
             machine.races.load(group.lanes, at, form.size, form.strong)
-        if form.strong:
-            machine.looked(group.lanes)
         if machine.counters is not None:
             machine.traffic.access("load", space, group.lanes, at, form.size)
         put(group, values.view(dtype))
 
     return run
-
-
-def _observe(machine: Machine, lanes: np.ndarray, at: np.ndarray, form: AccessForm) -> None:
-    races = machine.races
-    if races.objects or races.nearby:
-        for lane, where in zip(lanes.tolist(), at.tolist(), strict=True):
-            races.observe(lane, where, form.order == "acquire", form.strong)
 
 
 @opcode("st")
@@ -101,10 +94,8 @@ def store(machine: Machine, ins: Instruction) -> Operation:
         space, at = resolve(group)
         values = get(group).view(raw)
         write(machine, group.lanes, space, at, values, form.strong)
-        if form.strong and space is machine.memory:
-            release = form.order == "release"
-            for lane, where in zip(group.lanes.tolist(), at.tolist(), strict=True):
-                machine.races.write(lane, where, release, read_too=False, scope=form.strong)
+        if form.strong and space in (machine.memory, machine.shared):
+            machine.flags.write(group.lanes, space, at, form.order == "release", form.strong)
         if machine.counters is not None:
             machine.traffic.access("store", space, group.lanes, at, form.size)
 

@@ -194,7 +194,7 @@ def fence(machine: Machine, ins: Instruction) -> Operation:
     mods.take("sc", "acq_rel", "acquire", "release")
     scope = strength(mods.need(*SCOPES))
     mods.done()
-    return lambda group: machine.races.fence(group.lanes, scope)
+    return lambda group: machine.flags.fence(group.lanes, scope)
 
 
 def _proxy_fence(machine: Machine, ins: Instruction, mods: Modifiers) -> Operation:

@@ -50,6 +50,7 @@ class SharedTracker(Granules):
         self.read = np.zeros((count, self.readers), np.int32)
         self.last_read = np.zeros(count, np.int32)
         self.read_at = np.zeros(count, np.int32)
+        self.strong_read: np.ndarray | None = None  # once there are strong loads
         # reads by asynchronous engines: the last tick of each engine per granule
         self.engines: list[int] = []
         self.engine_read: list[np.ndarray] = []
@@ -71,6 +72,10 @@ class SharedTracker(Granules):
         warp = (lane >> 5)[:, None]
         self.reader[cells, warp] = lane[:, None]
         self.read[cells, warp] = tick
+        if strong and self.strong_read is None:
+            self.strong_read = np.zeros(self.read.shape, bool)
+        if self.strong_read is not None:
+            self.strong_read[cells, warp] = strong
         self.last_read[cells] = np.maximum(self.last_read[cells], tick)
         self.read_at[cells] = self.machine.at.index
 
@@ -87,7 +92,7 @@ class SharedTracker(Granules):
         cells = self.granules(at, size)
         team, lane = self.machine.team_of(lanes)
         self._after_write(cells, team, lane, strong, "store", same)
-        self._after_reads(cells, team, lane, same)
+        self._after_reads(cells, team, lane, strong, same)
         self.writer[cells] = lane[:, None]
         self.written[cells] = NEVER if pending else self.clocks.now[team, lane][:, None]
         self.strong[cells] = strong
@@ -148,16 +153,18 @@ class SharedTracker(Granules):
             same,
         )
 
-    def _after_reads(self, cells, team, lane, same: Same | None) -> None:
+    def _after_reads(self, cells, team, lane, strong: bool, same: Same | None) -> None:
         late = self.last_read[cells] > self.clocks.floor[team, lane][:, None]
         if late.any():
             row, column = np.nonzero(late)
             cell = cells[row, column]
             reader, tick = self.reader[cell], self.read[cell]
             ordered = self.clocks.knows(team[row, None], lane[row, None], reader, tick)
-            bad = (~ordered & (reader != lane[row, None])).any(axis=1)
+            bad = ~ordered & (reader != lane[row, None])
+            if strong and self.strong_read is not None:
+                bad &= ~self.strong_read[cell]
             self._report(
-                bad,
+                bad.any(axis=1),
                 row,
                 cell,
                 self.read_at,

@@ -142,6 +142,14 @@ BITS = [
         U16,
         [0x3C80, 0x3C00],
     ),
+    # pairs round once each: (1 + 2^-23)^2 - (1 + 2^-22) = 2^-46, and (1 + 2^-12)^2 + 2^-60 lies
+    # above the tie between 1 + 2^-11 and its neighbour
+    (
+        "fma.rn.f32x2 $0, $1, $2, $3;",
+        [(U64, [0x3F8008003F800001])] * 2 + [(U64, [0x21800000BF800002])],
+        U64,
+        [0x3F80100128800000],
+    ),
     # subnormal pairs: kept, flushed with .ftz
     ("add.f16x2 $0, $1, $2;", [(U32, [0x80010001]), (U32, [0])], U32, [0x80010001]),
     ("add.ftz.f16x2 $0, $1, $2;", [(U32, [0x80010001]), (U32, [0])], U32, [0x00000000]),

@@ -124,6 +124,7 @@ MEMORY = [
     "ld.shared.u32",
     "ld.shared.v2.b16",
     "ld.shared.v2.b64",
+    "ld.shared.v4.b16",
     "ld.shared.v2.u32",
     "st.global.f32",
     "st.global.f64",

@@ -3,18 +3,22 @@ release.
 
 PTX ISA "Specialized Inter-thread Synchronization for tcgen05 instructions": what a thread did in
 tensor memory before its `fence::before_thread_sync` is ordered before its later execution ordering
-operations (mbarriers and barriers, relaxed ones too), and what it does after a
-`fence::after_thread_sync` is ordered after its earlier ones. Memory order by release and acquire
-applies as well, to operations that are complete; those still running are passed on by fences only.
+operations (mbarriers, barriers and strong accesses of a location, relaxed ones too), and what it
+does after a `fence::after_thread_sync` is ordered after its earlier ones. Memory order by release
+and acquire applies as well, to operations that are complete; those still running are passed on by
+fences only.
 
 Kernels without such fences pay nothing.
 """
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from .clocks import latest
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -22,12 +26,10 @@ if TYPE_CHECKING:
 Row = np.ndarray  # a tick per column of the clocks
 
 
-def latest(a: Row | None, b: Row | None) -> Row | None:
-    """The larger of each tick; engines that were added since know nothing earlier."""
-    if a is None or b is None:
-        return b if a is None else a
-    width = max(len(a), len(b))
-    return np.maximum(np.pad(a, (0, width - len(a))), np.pad(b, (0, width - len(b))))
+def _joint(*rows: Row | None) -> Row | None:
+    """The latest of each tick in those rows that are there."""
+    found = [row for row in rows if row is not None]
+    return reduce(latest, found) if found else None
 
 
 class ThreadSync:
@@ -40,11 +42,14 @@ class ThreadSync:
         self.posted: dict[int, Row] = {}  # by fence::before_thread_sync
         self.met: dict[int, Row] = {}  # through execution ordering operations
         self.view: dict[int, Row] = {}  # since fence::after_thread_sync
+        self.flags: dict[tuple[int, int], Row] = {}  # by team and location
 
-    def restart(self, lanes: slice) -> None:
+    def restart(self, team: int, lanes: slice) -> None:
         for rows in (self.posted, self.met, self.view):
             for lane in range(lanes.start, lanes.stop):
                 rows.pop(lane, None)
+        for key in [key for key in self.flags if key[0] == team]:
+            del self.flags[key]
 
     # ---- fences ----------------------------------------------------------------------------
 
@@ -56,14 +61,11 @@ class ThreadSync:
             row = machine.clocks.release(team, np.array([member]))
             for column, tick in machine.tensor_memory.started(lane):
                 row[column] = tick
-            seen = latest(self.posted.get(lane), self.view.get(lane))
-            joint = latest(seen, row)
-            assert joint is not None
-            self.posted[lane] = joint
+            self.posted[lane] = latest(_joint(self.posted.get(lane), self.view.get(lane)), row)
 
     def after(self, lanes: np.ndarray) -> None:
         for lane in lanes.tolist():
-            joint = latest(self.view.get(lane), self.met.get(lane))
+            joint = _joint(self.view.get(lane), self.met.get(lane))
             if joint is not None:
                 self.view[lane] = joint
 
@@ -72,16 +74,29 @@ class ThreadSync:
     def arrive(self, lanes: np.ndarray, before: Row | None) -> Row | None:
         """What a barrier hands on after these arrivals, given what it held `before`."""
         for lane in lanes.tolist() if self.used else ():
-            before = latest(before, latest(self.posted.get(lane), self.met.get(lane)))
+            before = _joint(before, self.posted.get(lane), self.met.get(lane))
         return before
 
     def meet(self, lanes: np.ndarray, row: Row | None) -> None:
         """The lanes waited for those arrivals."""
         if row is not None and self.used:
             for lane in lanes.tolist():
-                joint = latest(self.met.get(lane), row)
-                assert joint is not None
-                self.met[lane] = joint
+                self.met[lane] = latest(self.met.get(lane), row)
+
+    def post(self, lane: int, flag: int) -> None:
+        """A strong write at a location; what was handed on there before goes with it."""
+        key = lane // self.machine.team_lanes, flag
+        row = self.arrive(np.array([lane]), self.flags.get(key))
+        if row is not None:
+            self.flags[key] = row
+
+    def clear(self, lane: int, flag: int) -> None:
+        """A store, which carries nothing on of the stores before it."""
+        self.flags.pop((lane // self.machine.team_lanes, flag), None)
+
+    def collect(self, lane: int, flag: int) -> None:
+        """A strong read of a location."""
+        self.meet(np.array([lane]), self.flags.get((lane // self.machine.team_lanes, flag)))
 
     def knows(self, lane: int, column, tick: np.ndarray) -> np.ndarray:
         """Whether accesses at `tick` (of lanes or engines `column`) are ordered before now."""
