@@ -63,6 +63,8 @@ class Resolver:
         self.space = space or ("generic" if named in ("", "param") else named)
         if self.space in ("param", "generic") and named == "param":
             self.space = "param"
+        if self.space == "param" and named == "local":  # arguments of a call
+            self.space = "local"
         self.address = address_source(machine, ins, operand)
         if self.space not in ("global", "const", "shared", "local", "param", "generic"):
             raise UnknownInstruction(ins, f"state space {space}")

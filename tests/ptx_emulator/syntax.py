@@ -1,18 +1,21 @@
 """PTX text to a list of instructions.
 
-Only what compilers emit is read: module variables, `.entry` kernels, register and variable
-declarations, nested scopes (inline assembly), labels, `.loc` lines and instructions.  Every
-instruction keeps its line in the PTX text and the source line that `.loc` gave it.
+Only what compilers emit is read: module variables, `.entry` kernels and `.func` functions, register
+and variable declarations, nested scopes (inline assembly), labels, `.loc` lines and instructions.
+Every instruction keeps its line in the PTX text and the source line that `.loc` gave it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
+from .calls import RETURN, Function, functions, inline
 from .instruction import (
     Imm,
     Instruction,
@@ -23,12 +26,8 @@ from .instruction import (
     Symbol,
     Variable,
     Vector,
-    type_bytes,
 )
-
-
-class PtxSyntaxError(ValueError):
-    """The text is not PTX that this parser understands."""
+from .text import COMMENT, PtxSyntaxError, matching_brace, module_variables, split, variable
 
 
 @dataclass(eq=False)
@@ -37,6 +36,7 @@ class Module:
     target: str
     variables: list[Variable]
     entries: dict[str, tuple[int, int]]
+    functions: dict[str, Function]
 
     def kernel(self, name: str) -> Kernel:
         """One kernel; `name` may be any part that fits a single entry."""
@@ -51,21 +51,13 @@ class Module:
 @lru_cache(maxsize=32)
 def _parsed(module: Module, name: str) -> Kernel:
     """Launches share the kernel: reading one costs more than executing it on a few blocks."""
-    return _KernelParser(module, name, *module.entries[name]).parse()
+    return KernelParser(module, name, *module.entries[name]).parse()
 
 
-_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)")
 _STATEMENT = re.compile(
     r"\s*(?:(?P<open>\{)|(?P<close>\})|(?P<label>[\w$]+)\s*:(?!:)"
     r"|(?P<line>\.(?:loc|file)\b[^\n]*)|(?P<statement>[^;]*);)"
-)
-_VARIABLE = re.compile(
-    r"\.(?P<space>param|shared|local|global|const)\s+"
-    r"(?:\.align\s+(?P<align>\d+)\s+)?\.(?P<type>\w+)\s+"
-    r"(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?(?P<name>[\w$%]+)\s*"
-    r"(?P<array>\[\s*\d*\s*\])?\s*(?:=\s*(?P<data>.*))?$",
-    re.S,
 )
 _DIRECTIVE = re.compile(r"\.(\w+)\s*((?:\d+\s*,\s*)*\d+)?")
 _OPERAND = re.compile(
@@ -76,55 +68,24 @@ _OPERAND = re.compile(
 
 def parse(text: str) -> Module:
     """Find the module's variables and kernels; kernels are parsed when asked for."""
-    clean = _COMMENT.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), text)
+    clean = COMMENT.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), text)
     target = re.search(r"\.target\s+(\w+)", clean)
     if target is None:
         raise PtxSyntaxError("no .target directive: not PTX text")
     entries: dict[str, tuple[int, int]] = {}
-    outside: list[str] = []
-    position = 0
+    bodies = functions(clean)
+    inside = [(function.begin, function.end) for function in bodies.values()]
     for match in _ENTRY.finditer(clean):
         start = clean.index("{", match.end())
-        end = _matching_brace(clean, start)
-        outside.append(clean[position : match.start()])
+        entries[match[1]] = (match.end(), matching_brace(clean, start))
+        inside.append((match.start(), entries[match[1]][1]))
+    outside, position = [], 0
+    for begin, end in sorted(inside):
+        outside.append(clean[position:begin])
         position = end + 1
-        entries[match[1]] = (match.end(), end)
     outside.append(clean[position:])
-    return Module(clean, target[1], list(_module_variables("".join(outside))), entries)
-
-
-def _matching_brace(text: str, start: int) -> int:
-    depth = 0
-    for match in re.finditer(r"[{}]", text[start:]):
-        depth += 1 if match[0] == "{" else -1
-        if depth == 0:
-            return start + match.start()
-    raise PtxSyntaxError("unbalanced braces")
-
-
-def _module_variables(text: str):
-    text = re.sub(r"\.section\b.*", "", text, flags=re.S)
-    for statement in text.split(";"):
-        found = re.search(r"\.(?:shared|global|const)\b.*", statement, re.S)
-        if found:
-            variable = _variable(found[0].strip())
-            variable.extern = ".extern" in statement
-            yield variable
-
-
-def _variable(text: str) -> Variable:
-    match = _VARIABLE.match(text)
-    if match is None:
-        raise PtxSyntaxError(f"cannot read the declaration {text!r}")
-    unit = type_bytes(match["type"])
-    count = 1
-    if match["array"]:
-        count = int(match["array"].strip("[] \t\n") or 0)
-    data = b""
-    if match["data"]:
-        values = re.findall(r"-?(?:0x[0-9a-fA-F]+|\d+)", match["data"])
-        data = b"".join((int(v, 0) % (1 << 8 * unit)).to_bytes(unit, "little") for v in values)
-    return Variable(match["name"], match["space"], int(match["align"] or unit), unit * count, data)
+    variables = list(module_variables("".join(outside)))
+    return Module(clean, target[1], variables, entries, bodies)
 
 
 class _Scope:
@@ -134,6 +95,7 @@ class _Scope:
         self.registers: dict[str, str] = {}
         self.ranges: dict[str, str] = {}
         self.labels: set[str] = set()
+        self.symbols: dict[str, str] = {}  # variables and formal parameters to what they are
 
     def chain(self):
         scope: _Scope | None = self
@@ -142,7 +104,7 @@ class _Scope:
             scope = scope.outer
 
 
-class _KernelParser:
+class KernelParser:
     def __init__(self, module: Module, name: str, header: int, end: int) -> None:
         self.module = module
         self.kernel = Kernel(name)
@@ -155,15 +117,21 @@ class _KernelParser:
         self.branches: list[tuple[Instruction, _Scope]] = []
         self.files: dict[str, str] = dict(re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', self.text))
         self.source = ""
+        self.calls: list[str] = []
 
     def parse(self) -> Kernel:
         self._read_header()
-        line = self.text.count("\n", 0, self.body) + 1
-        position = self.body
-        while position < self.end:
-            match = _STATEMENT.match(self.text, position, self.end)
+        self.read(self.body, self.end)
+        self._resolve_branches()
+        return self.kernel
+
+    def read(self, position: int, end: int) -> None:
+        """The statements between two places of the text."""
+        line = self.text.count("\n", 0, position) + 1
+        while position < end:
+            match = _STATEMENT.match(self.text, position, end)
             if match is None:
-                if self.text[position : self.end].strip():
+                if self.text[position:end].strip():
                     raise PtxSyntaxError(f"line {line}: cannot read a statement")
                 break
             lead = len(match[0]) - len(match[0].lstrip())
@@ -171,8 +139,24 @@ class _KernelParser:
             self._statement(match, line)
             line += self.text.count("\n", position + lead, match.end())
             position = match.end()
-        self._resolve_branches()
-        return self.kernel
+
+    @contextlib.contextmanager
+    def inside(self, function: str, symbols: dict[str, str]) -> Iterator[None]:
+        """Read the body of a function in a scope of its own; its returns lead to the end."""
+        outer, self.scopes = self.scope, self.scopes + 1
+        self.scope = scope = _Scope(None, f"@{self.scopes}")
+        scope.symbols.update(symbols)
+        scope.labels.add(RETURN)
+        self.calls.append(function)
+        yield
+        self.calls.pop()
+        self.kernel.labels[RETURN + scope.suffix] = len(self.kernel.instructions)
+        self.scope = outer
+
+    def leave(self, ins: Instruction, guard: Reg | None) -> None:
+        """Go on behind the function that is being read."""
+        way = replace(ins, opcode="bra", modifiers=(), operands=(Symbol(RETURN),), guard=guard)
+        self._append(way)
 
     def _read_header(self) -> None:
         params = re.search(r"\((.*?)\)", self.header, re.S)
@@ -180,7 +164,7 @@ class _KernelParser:
         if params:
             rest = self.header[params.end() :]
             for text in filter(None, (p.strip() for p in params[1].split(","))):
-                self.kernel.params.append(_variable(text))
+                self.kernel.params.append(variable(text))
         for name, values in _DIRECTIVE.findall(rest):
             numbers = tuple(int(v) for v in values.split(",")) if values else ()
             self.kernel.directives[name] = numbers
@@ -211,9 +195,9 @@ class _KernelParser:
         if text.startswith(".reg"):
             self._registers(text)
         elif re.match(r"\.(?:local|shared|param)\b", text):
-            self.kernel.variables.append(_variable(text))
+            self._declare(variable(text))
         elif text.startswith(".branchtargets"):
-            labels = tuple(re.findall(r"[\w$]+", text)[1:])
+            labels = tuple(name + self.scope.suffix for name in re.findall(r"[\w$]+", text)[1:])
             name = next(
                 n
                 for n, at in reversed(self.kernel.labels.items())
@@ -222,6 +206,16 @@ class _KernelParser:
             self.kernel.tables[name] = labels
         elif not text.startswith(".pragma"):
             self._instruction(text, line)
+
+    def _declare(self, variable: Variable) -> None:
+        """Variables of functions are there once for each call, except in shared memory."""
+        if variable.space == "shared":
+            if variable.name not in [known.name for known in self.kernel.variables]:
+                self.kernel.variables.append(variable)
+            return
+        unique = variable.name + self.scope.suffix
+        self.scope.symbols[variable.name] = unique
+        self.kernel.variables.append(replace(variable, name=unique, space="local"))
 
     def _registers(self, text: str) -> None:
         match = re.match(r"\.reg\s*\.(\w+)\s+(.*)$", text, re.S)
@@ -240,38 +234,40 @@ class _KernelParser:
             raise PtxSyntaxError(f"line {line}: cannot read {text!r}")
         guard = None
         if match[2]:
-            register = self._name(match[2])
+            register = self.name_of(match[2])
             guard = Reg(register.name, bool(match[1]))
         modifiers = tuple(part for part in match[4].split(".") if part)
-        operands = tuple(self._operand(part, line) for part in _split(match[5]))
-        ins = Instruction(
-            match[3],
-            modifiers,
-            operands,
-            guard,
-            line,
-            self.source,
-            " ".join(text.split()),
-            len(self.kernel.instructions),
-        )
+        spelled = " ".join(text.split())
+        ins = Instruction(match[3], modifiers, (), guard, line, self.source, spelled)
+        if ins.opcode == "call":
+            if not inline(self, match[5], ins):
+                self._append(ins)
+        elif ins.opcode == "ret" and self.calls:
+            self.leave(ins, guard)
+        else:
+            ins.operands = tuple(self._operand(part, line) for part in split(match[5]))
+            self._append(ins)
+
+    def _append(self, ins: Instruction) -> None:
+        ins.index = len(self.kernel.instructions)
         self.kernel.instructions.append(ins)
-        if match[3] in ("bra", "brx"):
+        if ins.opcode in ("bra", "brx"):
             self.branches.append((ins, self.scope))
 
     def _operand(self, text: str, line: int):
         if text.startswith("{"):
-            return Vector(tuple(self._operand(part, line) for part in _split(text[1:-1])))
+            return Vector(tuple(self._operand(part, line) for part in split(text[1:-1])))
         if text.startswith("["):
             return self._memory(text[1:-1].strip(), line)
         if text.startswith("!"):
-            return Reg(self._name(text[1:].strip()).name, True)
+            return Reg(self.name_of(text[1:].strip()).name, True)
         if "|" in text:
             first, second = text.split("|")
             return Pair(self._operand(first.strip(), line), self._operand(second.strip(), line))
         return self._sum(text, line)
 
     def _memory(self, text: str, line: int) -> Memory:
-        parts = _split(text)
+        parts = split(text)
         base = self._sum(parts[0], line)
         coordinates = self._operand(parts[1], line) if len(parts) > 1 else None
         if isinstance(base, Symbol):
@@ -307,15 +303,17 @@ class _KernelParser:
             return Imm(int(match[0].rstrip("U"), 0), "int")
         if match["decimal"]:
             return Imm(struct.unpack("<Q", struct.pack("<d", float(match[0])))[0], "f64")
-        return self._name(match["name"])
+        return self.name_of(match["name"])
 
-    def _name(self, name: str):
+    def name_of(self, name: str):
         for scope in self.scope.chain():
             kind = scope.registers.get(name) or self._ranged(scope, name)
             if kind:
                 unique = name + scope.suffix
                 self.kernel.registers[unique] = kind
                 return Reg(unique)
+            if name in scope.symbols:
+                return Symbol(scope.symbols[name])
         return Symbol(name)
 
     @staticmethod
@@ -336,18 +334,3 @@ class _KernelParser:
 class _Offset(NamedTuple):
     register: Reg
     offset: int
-
-
-def _split(text: str) -> list[str]:
-    """Split at commas outside brackets and braces."""
-    parts, depth, start = [], 0, 0
-    for i, c in enumerate(text):
-        if c in "[{(":
-            depth += 1
-        elif c in "]})":
-            depth -= 1
-        elif c == "," and depth == 0:
-            parts.append(text[start:i].strip())
-            start = i + 1
-    last = text[start:].strip()
-    return [*parts, last] if last else parts

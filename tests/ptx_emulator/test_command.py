@@ -1,4 +1,4 @@
-"""`python -m tests.ptx_emulator FILE.ptx`, the clocks, and calls, which are refused."""
+"""`python -m tests.ptx_emulator FILE.ptx`, and the clocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from . import Uninitialised, UnknownInstruction
+from . import Uninitialised
 from .__main__ import main
 from .harness import findings, kernel
 
@@ -41,8 +41,3 @@ def test_clocks_go_forward() -> None:
         bar.sync 0; mov.u64 %d2, %clock64; st.global.v2.b64 [%a0], {%d1, %d2};"""
     findings(body, Uninitialised(out), threads=1).check()
     assert out[0] <= out[1]
-
-
-def test_a_call_is_refused_with_its_line() -> None:
-    with pytest.raises(UnknownInstruction, match="line"):
-        findings("call.uni other;")
