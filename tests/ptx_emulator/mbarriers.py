@@ -119,17 +119,30 @@ class TransactionBarriers:
 
     # ---- phases ----------------------------------------------------------------------------
 
-    def arrive(self, lanes: np.ndarray, at: int, count: int, expect: int, release: bool) -> int:
-        """`lanes` arrive `count` times each; returns the phase they arrived in."""
+    def arrive(
+        self,
+        lanes: np.ndarray,
+        at: int,
+        count: int,
+        expect: int,
+        release: bool,
+        drop: bool = False,
+        may_complete: bool = True,
+    ) -> np.ndarray:
+        """`lanes` arrive `count` times each, one after the other; returns the state each found:
+        its phase, and 32 bits above that the pending count.  `drop`: later phases expect so many
+        fewer."""
         machine = self.machine
         barrier = self.get(int(lanes[0]), at)
-        phase = barrier.phase
         if not 1 <= count <= MAX_TRANSACTION:
             machine.stop("mbarrier", f"arrival with count {count}", None)
         first = barrier.pending // count
-        if 0 < first < len(lanes):  # one after the other: the rest arrives in the next phase
-            self.arrive(lanes[:first], at, count, expect, release)
-            return self.arrive(lanes[first:], at, count, expect, release)
+        if 0 < first < len(lanes):  # the rest arrives in the next phase
+            options = (at, count, expect, release, drop, may_complete)
+            parts = (lanes[:first], lanes[first:])
+            return np.concatenate([self.arrive(part, *options) for part in parts])
+        pending = barrier.pending - count * np.arange(len(lanes))
+        states = np.uint64(barrier.phase) + (pending.astype(np.uint64) << np.uint64(32))
         if release:
             team = int(lanes[0]) // machine.team_lanes
             known = machine.clocks.release(team, lanes % machine.team_lanes)
@@ -139,6 +152,9 @@ class TransactionBarriers:
         if expect:
             self._transactions(barrier, expect * len(lanes), at)
         barrier.pending -= count * len(lanes)
+        barrier.count -= count * len(lanes) if drop else 0
+        if not may_complete and not barrier.pending and not barrier.transactions:
+            machine.stop("mbarrier", "arrive.noComplete completes the phase", None)
         if barrier.pending < 0:
             machine.stop(
                 "barrier-count",
@@ -148,9 +164,10 @@ class TransactionBarriers:
             )
         machine.progress += 1
         self._update(barrier)
-        return phase
+        return states
 
     def expect(self, lane: int, at: int, size: int) -> None:
+        """More bytes are pending; fewer if `size` is negative."""
         barrier = self.get(lane, at)
         self._transactions(barrier, size, at)
         self._update(barrier)

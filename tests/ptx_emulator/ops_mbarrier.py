@@ -22,8 +22,10 @@ def mbarrier(machine: Machine, ins: Instruction) -> Operation:
         "init": _mbarrier_init,
         "inval": _mbarrier_inval,
         "arrive": _mbarrier_arrive,
-        "arrive_drop": _mbarrier_unknown,
+        "arrive_drop": _mbarrier_arrive,
         "expect_tx": _mbarrier_expect,
+        "complete_tx": _mbarrier_expect,
+        "pending_count": _mbarrier_pending,
         "test_wait": _mbarrier_wait,
         "try_wait": _mbarrier_wait,
     }
@@ -81,11 +83,13 @@ def _mbarrier_inval(machine: Machine, ins: Instruction) -> Operation:
 
 
 def _mbarrier_arrive(machine: Machine, ins: Instruction) -> Operation:
-    """arrive{.expect_tx}{.release|.relaxed}{.scope}{.space}.b64 {state|_,} [addr]{, count|tx}."""
+    """arrive{_drop}{.expect_tx|.noComplete}{.release|.relaxed}{.scope}{.space}.b64
+    {state|_,} [addr]{, count|tx}."""
     mods = Modifiers(ins)
-    mods.need("arrive")
+    drop = mods.need("arrive", "arrive_drop") == "arrive_drop"
     mods.need("b64")
     expects = bool(mods.take("expect_tx"))
+    may_complete = not mods.take("noComplete")
     release = mods.take("release", "relaxed") != "relaxed"
     mods.take("cta", "cluster")
     space = mods.take("shared::cta", "shared::cluster", "shared")
@@ -95,24 +99,24 @@ def _mbarrier_arrive(machine: Machine, ins: Instruction) -> Operation:
     rest = ins.operands[1:] if has_state else ins.operands
     resolve = Resolver(machine, ins, memory_operand(ins, 1 if has_state else 0), space)
     number = machine.registers.source(ins, rest[1], "u32") if len(rest) > 1 else None
-    if expects and number is None:
-        raise UnknownInstruction(ins, "expect_tx needs a byte count")
+    if (expects or not may_complete) and number is None:
+        raise UnknownInstruction(ins, "expect_tx and noComplete need a count")
     put = machine.registers.target(ins, state, "b64") if state is not None else None
 
     def run(group: Group) -> None:
         at = _objects(machine, resolve, group)
         values = np.broadcast_to(1 if number is None else number(group), group.n).astype(np.int64)
-        phases = np.zeros(group.n, np.uint64)
+        states = np.zeros(group.n, np.uint64)
         keys = np.stack([at, values])
         for where, value in np.unique(keys, axis=1).T.tolist():
             chosen = (at == where) & (values == value)
             for lanes in _by_team(machine, group.lanes[chosen]):
-                phase = machine.mbarriers.arrive(
-                    lanes, where, 1 if expects else value, value if expects else 0, release
+                count, size = (1, value) if expects else (value, 0)
+                states[np.isin(group.lanes, lanes)] = machine.mbarriers.arrive(
+                    lanes, where, count, size, release, drop, may_complete
                 )
-                phases[np.isin(group.lanes, lanes)] = phase
         if put is not None:
-            put(group, phases)
+            put(group, states)
 
     return run
 
@@ -122,9 +126,24 @@ def _by_team(machine: Machine, lanes: np.ndarray):
     return [lanes[teams == team] for team in np.unique(teams)]
 
 
-def _mbarrier_expect(machine: Machine, ins: Instruction) -> Operation:
+def _mbarrier_pending(machine: Machine, ins: Instruction) -> Operation:
+    """pending_count.b64 count, state: what was pending before the arrival that returned it."""
     mods = Modifiers(ins)
-    mods.need("expect_tx")
+    mods.need("pending_count")
+    mods.need("b64")
+    mods.done()
+    operand_count(ins, 2)
+    put = machine.registers.target(ins, ins.operands[0], "b32")
+    state = machine.registers.source(ins, ins.operands[1], "b64")
+    return lambda group: put(
+        group, (np.broadcast_to(state(group), group.n) >> np.uint64(32)).astype(np.uint32)
+    )
+
+
+def _mbarrier_expect(machine: Machine, ins: Instruction) -> Operation:
+    """expect_tx, and complete_tx, which simulates the completion of an asynchronous copy."""
+    mods = Modifiers(ins)
+    sign = 1 if mods.need("expect_tx", "complete_tx") == "expect_tx" else -1
     mods.need("b64")
     mods.take("relaxed")
     mods.take("cta", "cluster")
@@ -138,7 +157,7 @@ def _mbarrier_expect(machine: Machine, ins: Instruction) -> Operation:
         at = _objects(machine, resolve, group)
         sizes = np.broadcast_to(size(group), group.n)
         for lane, where, n in zip(group.lanes.tolist(), at.tolist(), sizes.tolist(), strict=True):
-            machine.mbarriers.expect(lane, where, n)
+            machine.mbarriers.expect(lane, where, sign * n)
 
     return run
 

@@ -17,7 +17,8 @@ from .async_work import Job
 from .decode import Modifiers, Operation, opcode, operand_count
 from .instruction import Instruction, Memory
 from .layouts import IllegalOperand
-from .ops_async import EngineWrite, bulk_load, bulk_store, constant, start_store
+from .ops_async import constant
+from .ops_bulk import EngineWrite, bulk_load, bulk_store, multicast, start_store
 from .ptx_types import RAW
 from .registers import Group, memory_operand
 from .report import UnknownInstruction
@@ -127,39 +128,27 @@ def _tensor_load(machine: Machine, ins: Instruction, mods: Modifiers, rank: int)
     target = mods.need("shared::cluster", "shared::cta")
     mods.need("global")
     mods.need("mbarrier::complete_tx::bytes")
-    multicast = bool(mods.take("multicast::cluster"))
+    several = bool(mods.take("multicast::cluster"))
     hint = bool(mods.take("L2::cache_hint"))
     mods.take("cta_group::1")
     mods.done()
-    operand_count(ins, 3 + multicast + hint)
+    operand_count(ins, 3 + several + hint)
     to = Resolver(machine, ins, memory_operand(ins, 0), target)
     tensor = TensorOperand(machine, ins, 1, rank)
     signal = Resolver(machine, ins, memory_operand(ins, 2), target)
-    ranks = machine.registers.source(ins, ins.operands[3], "u16") if multicast else None
+    ranks = machine.registers.source(ins, ins.operands[3], "u16") if several else None
 
     def run(group: Group) -> None:
         ats, barriers = to(group)[1].tolist(), signal(group)[1].tolist()
         masks = np.broadcast_to(ranks(group) if ranks else 0, group.n).tolist()
         rows = zip(group.lanes.tolist(), tensor.each(group), ats, barriers, masks, strict=True)
         for lane, (decoded, coordinates), at, barrier, mask in rows:
-            shifts = _multicast(machine, lane, at, mask) if multicast else [0]
+            shifts = multicast(machine, at, mask) if several else [0]
             for i, shift in enumerate(shifts):
                 to_one = at + shift, barrier + shift
                 _start_load(machine, ins, lane, decoded, coordinates, *to_one, counted=i == 0)
 
     return run
-
-
-def _multicast(machine: Machine, lane: int, at: int, mask: int) -> list[int]:
-    """The same offsets in every block of the cluster whose bit is set."""
-    size, stride = machine.layout.cluster_size, machine.shared.stride
-    if mask >> size or not mask:
-        machine.stop("multicast", f"mask {mask:#x} in a cluster of {size}", None)
-    slot = at // stride
-    first = slot // size * size
-    ranks = [rank for rank in range(size) if mask >> rank & 1]
-    machine.check_running(first + np.array(ranks))
-    return [(first + rank - slot) * stride for rank in ranks]
 
 
 def _start_load(

@@ -18,10 +18,11 @@ HERE = Path(__file__).parent
 FILE = HERE / "variants.txt"
 # tests with values worked out by hand from the text of the ISA; no compiled kernel runs in them
 NAMES = (
-    "scalar", "variants", "corners", "synchronisation", "memory_checks", "tensor_paths",
-    "tcgen05_order", "flags", "launch_state", "tensor_map", "mma", "wgmma",
+    "scalar", "variants", "corners", "synchronisation", "mbarrier", "bulk_copy", "calls",
+    "memory_checks", "tensor_paths", "tcgen05_order", "flags", "launch_state", "tensor_map",
+    "mma", "wgmma",
 )  # fmt: skip
-COMPILED = ("test_counters", "test_a_multicast_reads_global_memory_once")
+COMPILED = ("test_counters", "test_a_multicast_reads_global_memory_once", "nvcc")
 
 
 def with_a_test() -> set[str]:
