@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from lora_fused import backends, dispatch, gpu_tuning, request, selfcheck
+from lora_fused import backends, dispatch, gpu_choice, gpu_tuning, request, selfcheck
 from lora_fused.config import Config, Problem
 from lora_fused.devices import DEVICES
 from lora_fused.testing import check_case, make_case
@@ -51,6 +51,7 @@ def config_of(M: int = 24) -> Config:
 def forget() -> None:
     """Drop everything that this process remembers; what is on disk stays."""
     dispatch.forget_choices()
+    gpu_choice.options.cache_clear()
     gpu_tuning.forget()
     selfcheck.forget()
 
