@@ -113,6 +113,21 @@ def test_every_member_of_a_group_has_rows_that_descriptors_reach() -> None:
     assert not any(t.descriptors for t in found(odd, "forward"))
 
 
+def test_descriptors_are_for_aligned_rows() -> None:
+    assert any(t.descriptors for t in found(PROBLEM, "forward"))
+    assert not any(t.descriptors for t in found(replace(PROBLEM, aligned=False), "forward"))
+
+
+def test_a_device_with_less_shared_memory_gets_what_fits() -> None:
+    """A device that nobody listed: tiles by its own limit, not by its name."""
+    full = triton.candidates(PROBLEM, DEVICES["H100"], "forward")
+    limit = sorted(c.shared_bytes for c in full)[0]
+    small = replace(DEVICES["H100"], name="unknown", shared_bytes_per_block=limit)
+    assert {c.shared_bytes for c in triton.candidates(PROBLEM, small, "forward")} == {limit}
+    none = replace(small, shared_bytes_per_block=limit - 1)
+    assert triton.candidates(PROBLEM, none, "forward") == []
+
+
 def test_parts_of_a_contraction_have_a_few_steps_each() -> None:
     for tiles in found(replace(PROBLEM, M=64, K=1024), "shrink"):
         assert 1 <= tiles.splits <= max(1, 1024 // tiles.block_k // 4)
