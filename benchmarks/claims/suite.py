@@ -43,7 +43,7 @@ def run(console: Console, save_to: Path) -> list[Claim]:
                 failed[name] = f"{type(error).__name__}: {error}"
     console.print(table_of(found))
     for name, why in failed.items():
-        console.print(f"[yellow]Not run: {name}: {why}", highlight=False)
+        console.print(f"[yellow]No claims of {name}: {why}", highlight=False)
     save(found, failed, save_to)
     console.print(f"{save_to}", highlight=False)
     return found

@@ -5,7 +5,7 @@
 // A panel of b is met once, by the few rows of y: packing it would cost as much as the multiplications.
 //
 //   for each block of tokens: pack a as panels [words][kPanel], columns = rows of y
-//     for each strip of four panels of b (copied first where a mask or the end of the rows is in it):
+//     for each strip of four panels of b (copied first where there is a mask, or a part of a panel):
 //       for each panel: fetch the next one; multiply it by all rows of y; add to the sums
 //
 // Threads split the strips; the order of every sum depends on the shapes alone.
@@ -48,13 +48,14 @@ LORA_FUSED_INLINE PanelWords load_panel(const T* row, const T* next_row) {
   }
 }
 
-template <class T, bool kPairs>
+template <class Engine, class T>
 class OuterRun {
+  static constexpr bool kPairs = Engine::kIsPairs;
   static constexpr i64 kElements = kPairs ? 2 : 1;
-  static constexpr i64 kRows = kLanes == 16 ? 14 : 6;  // rows of y at once: sums in registers
-  static constexpr i64 kTokens = 128;                  // of a block: its panel stays in the first-level cache
-  static constexpr i64 kWords = kTokens / kElements;
+  static constexpr i64 kRows = Engine::kRows;  // rows of y at once: sums in registers
+  static constexpr i64 kTokens = 128;          // of a block: its panel stays in the first-level cache
   static constexpr i64 kStrip = 4 * kPanel;
+  static constexpr i64 kSumBytes = i64{256} << 10;        // of a job: a part of the second-level cache
   static constexpr i64 kCopyPitch = kStrip + 2 * kLanes;  // elements from row to row of a copied strip
 
  public:
@@ -66,14 +67,17 @@ class OuterRun {
 
   // Call on every thread of the region.
   void operator()(int thread, int num_threads) {
+    if (g.M == 0 || g.N == 0) return;
     const Matrix a = {g.a.data, g.a.col_stride, g.a.row_stride};  // [K, M]
     for (i64 p = row_panels * thread / num_threads; p < row_panels * (thread + 1) / num_threads; ++p)
       pack_panels<T, kPairs>(a, p * kPanel, min(kPanel, g.M - p * kPanel), 0, g.K, words,
                              rows + p * words * kPanel, 0);
     parallel_barrier(num_threads);
-    const i64 strips = ceil_div(g.N, kStrip);
-    const i64 first = strips * thread / num_threads, last = strips * (thread + 1) / num_threads;
-    if (first < last) run_columns(first * kStrip, min(last * kStrip, g.N) - first * kStrip);
+    // Jobs are as wide as the cache holds their sums, narrower where threads would be idle.
+    const i64 strips = ceil_div(g.N, kStrip), fitting = max(1, kSumBytes / max(1, g.M * kStrip * 4));
+    const i64 width = min(fitting, ceil_div(strips, num_threads)), jobs = ceil_div(strips, width);
+    for (i64 job = jobs * thread / num_threads; job < jobs * (thread + 1) / num_threads; ++job)
+      run_job(job * width * kStrip, min(g.N, (job + 1) * width * kStrip));
   }
 
  private:
@@ -83,40 +87,43 @@ class OuterRun {
     i64 pitch;
   };
 
-  void run_columns(i64 col0, i64 cols) {
-    const i64 pitch = round_up(cols, kPanel);
+  // Columns first..last of y, over all tokens.
+  void run_job(i64 first, i64 last) {
+    const i64 pitch = round_up(last - first, kPanel);
     float* sums = static_cast<float*>(scratch(Slot::accumulators, static_cast<std::size_t>(g.M * pitch) * 4));
     for (i64 k0 = 0; k0 < g.K; k0 += kTokens)
-      for (i64 c = 0; c < cols; c += kStrip)
-        run_strip(k0, min(kTokens, g.K - k0), col0 + c, min(kStrip, cols - c), sums + c, pitch);
-    write_output<T>(g, 0, g.M, col0, cols, sums, pitch);
+      for (i64 col = first; col < last; col += kStrip) {
+        const bool more = col + kStrip < last, again = k0 + kTokens < g.K;
+        const T* next = more    ? at<T>(g.b, k0, col + kStrip)
+                        : again ? at<T>(g.b, k0 + kTokens, first)
+                                : nullptr;
+        run_strip(k0, min(kTokens, g.K - k0), col, min(kStrip, last - col), next, sums + col - first, pitch);
+      }
+    write_output<T>(g, 0, g.M, first, last - first, sums, pitch);
   }
 
-  void run_strip(i64 k0, i64 tokens, i64 col, i64 cols, float* sums, i64 pitch) {
+  // next: the panel that comes after this strip.
+  void run_strip(i64 k0, i64 tokens, i64 col, i64 cols, const T* next, float* sums, i64 pitch) {
     Panel strip = {at<T>(g.b, k0, col), g.b.row_stride};
-    if (g.drop_b.threshold > 0 || cols % kPanel != 0) strip = copied(strip, k0, tokens, col, cols);
+    const bool copy = g.drop_b.threshold > 0 || cols % kPanel != 0;
+    if (copy) strip = copied(strip, k0, tokens, col, cols);
     for (i64 c = 0; c < cols; c += kPanel) {
-      const T* next = c + kPanel < cols ? strip.data + c + kPanel : following(k0, col + cols);
+      const bool last = c + kPanel >= cols;
+      const T* wanted = last ? next : copy ? nullptr : strip.data + c + kPanel;
       for (i64 m = 0; m < g.M; m += kPanel)
         multiply(rows + (m / kPanel * words + k0 / kElements) * kPanel, min(kPanel, g.M - m),
-                 {strip.data + c, strip.pitch}, tokens, k0 == 0, m == 0 ? next : nullptr,
+                 {strip.data + c, strip.pitch}, tokens, k0 == 0, m == 0 ? wanted : nullptr,
                  sums + m * pitch + c, pitch);
     }
   }
 
-  // The panel after a strip that ends at `col`: of the next strip, or of the next block.
-  const T* following(i64 k0, i64 col) {
-    if (col < g.N) return at<T>(g.b, k0, col);
-    return k0 + kTokens < g.K ? at<T>(g.b, k0 + kTokens, 0) : nullptr;
-  }
-
-  // The rows of a strip with what the mask drops, and what is behind their end, as zeros.
+  // The rows of a strip with what the mask drops as zeros. Behind their end there is room for whole panels,
+  // whose columns nobody writes out.
   Panel copied(const Panel& strip, i64 k0, i64 tokens, i64 col, i64 cols) {
     T* copy = static_cast<T*>(scratch(Slot::row, static_cast<std::size_t>(kTokens * kCopyPitch) * sizeof(T)));
     u32 bits[kStrip / 32 + kKeepColumns / 32];
     for (i64 i = 0; i < tokens; ++i) {
       T* to = copy + i * kCopyPitch;
-      zero_bytes(to + cols / kPanel * kPanel, kPanel * sizeof(T));
       if (g.drop_b.threshold > 0) {
         keep_row(g.drop_b, k0 + i, col, cols, bits);
         drop_row(strip.data + i * strip.pitch, 1, cols, bits, to);

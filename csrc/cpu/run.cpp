@@ -67,7 +67,7 @@ void run(DType dtype, const Gemm& gemm, int threads) {
     if (is_dot<Engine>(gemm)) return go(DotRun<T, Engine::kIsPairs>(gemm));
     if constexpr (Engine::kReadsPanels)
       if (gemm.over_tokens && gemm.b.col_stride == 1 && gemm.K > kShortContraction)
-        return go(OuterRun<T, Engine::kIsPairs>(gemm));
+        return go(OuterRun<Engine, T>(gemm));
     if (is_axpy<Engine>(gemm)) return go(AxpyRun<T>(gemm));
     go(GemmRun<Engine, T>(is_turned<Engine>(gemm) ? turn(dtype, gemm, threads) : gemm));
   });

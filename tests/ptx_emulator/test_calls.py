@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 
 import numpy as np
 import pytest
+
+from tests.cuda.compile import CompilerMissing, toolkit
 
 from . import EVERY_SCHEDULE, Uninitialised, UnknownInstruction, run
 from .census import unknown_instructions
@@ -144,10 +145,12 @@ extern "C" __global__ void k(int* out, float2* f) {
 
 
 def test_functions_that_nvcc_did_not_inline(tmp_path) -> None:
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc")
+    try:
+        nvcc = toolkit().nvcc
+    except CompilerMissing as reason:
+        pytest.skip(str(reason))
     (tmp_path / "k.cu").write_text(SOURCE)
-    command = ["nvcc", "-arch=sm_80", "-ptx", "k.cu", "-o", "k.ptx"]
+    command = [nvcc, "-arch=sm_80", "-ptx", "k.cu", "-o", "k.ptx"]
     subprocess.run(command, check=True, cwd=tmp_path)
     module = parse((tmp_path / "k.ptx").read_text())
     assert "call.uni" in module.text
