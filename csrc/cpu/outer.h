@@ -102,14 +102,19 @@ class OuterRun {
     write_output<T>(g, 0, g.M, first, last - first, sums, pitch);
   }
 
-  // next: the panel that comes after this strip.
+  // next: the strip that comes after this one.
   void run_strip(i64 k0, i64 tokens, i64 col, i64 cols, const T* next, float* sums, i64 pitch) {
     Panel strip = {at<T>(g.b, k0, col), g.b.row_stride};
     const bool copy = g.drop_b.threshold > 0 || cols % kPanel != 0;
     if (copy) strip = copied(strip, k0, tokens, col, cols);
     for (i64 c = 0; c < cols; c += kPanel) {
-      const bool last = c + kPanel >= cols;
-      const T* wanted = last ? next : copy ? nullptr : strip.data + c + kPanel;
+      // Wanted next: the panel beside this one. A copy reads all panels of its strip at once, hence that of
+      // the strip to come.
+      const T* wanted = strip.data + c + kPanel;
+      if (copy)
+        wanted = next ? next + c : nullptr;
+      else if (c + kPanel >= cols)
+        wanted = next;
       for (i64 m = 0; m < g.M; m += kPanel)
         multiply(rows + (m / kPanel * words + k0 / kElements) * kPanel, min(kPanel, g.M - m),
                  {strip.data + c, strip.pitch}, tokens, k0 == 0, m == 0 ? wanted : nullptr,
